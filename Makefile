@@ -1,0 +1,42 @@
+# make demo   two agents on loopback, 25 questions, one table
+# make test   lint, types, generated code and all tests
+# Both create .venv when it is missing.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test lint types tests proto eval train clean
+
+demo: $(READY)
+	$(BIN)/kvlink demo
+
+test: lint types tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+tests: $(READY)
+	$(BIN)/pytest
+
+# Regenerate kvlink/v1 from proto/; a test compares the two.
+proto: $(READY)
+	$(BIN)/python scripts/generate_proto.py
+
+# Train the embedded model again (about two hours on two CPU cores).
+train: $(READY)
+	$(BIN)/python scripts/train_tiny.py --out kvlink/model/tiny
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,3 @@
+"""The release, in one place."""
+
+RELEASE = "0.1.0"

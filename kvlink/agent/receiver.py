@@ -1,0 +1,176 @@
+"""The receiver: takes a transfer, rebuilds the cache and answers from it.
+
+`Intake` is the receiver's whole path up to the answer:
+
+    deframe → check identity → decode → hold            (text mode: read the text → hold)
+
+Does not know: sockets (the service does). Place on the path: its second half.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from kvlink.agent.sender import count_bytes
+from kvlink.cache import KVCache
+from kvlink.compress.codec import decode
+from kvlink.compress.lossless import unpack_part
+from kvlink.errors import CodecError, IdentityError
+from kvlink.model.generate import Answer, Step, answer, generate
+from kvlink.model.loading import EMBEDDED, LanguageModel, load
+from kvlink.model.prefill import prefill
+from kvlink.payload import CacheShape, EncodedSegment, Part
+from kvlink.receipt import Receipt
+from kvlink.wire.file import read_frames
+from kvlink.wire.messages import Manifest
+from kvlink.wire.session import (
+    Limits,
+    ManifestReceived,
+    ReceiveSession,
+    SegmentReceived,
+    TextReceived,
+    TransferComplete,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A context that the receiver can answer from, and what it cost to get it."""
+
+    cache: KVCache
+    receipt: Receipt
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache.nbytes
+
+
+class Intake:
+    """One transfer on its way in. `take` frames until `held` is there."""
+
+    def __init__(self, lm: LanguageModel, limits: Limits | None = None) -> None:
+        self._lm = lm
+        self.session = ReceiveSession(limits)
+        self.held: Held | None = None
+        self.usable = False
+        self._body: EncodedSegment | Part | None = None
+        self._frame_bytes: list[int] = []
+
+    @property
+    def manifest(self) -> Manifest | None:
+        return self.session.manifest
+
+    def take(self, frame: bytes) -> None:
+        """Take one frame. Raises what the session raises, IdentityError and CodecError."""
+        self._frame_bytes.append(len(frame))
+        for event in self.session.receive(frame):
+            if isinstance(event, ManifestReceived):
+                self._check(event.manifest)
+            elif isinstance(event, SegmentReceived):
+                self._hold(event.segment)
+            elif isinstance(event, TextReceived):
+                self._hold(event.part)
+            elif isinstance(event, TransferComplete):
+                self.held = self._restore()
+
+    def _hold(self, body: EncodedSegment | Part) -> None:
+        if self._body is not None:
+            raise CodecError("this release restores transfers of one segment, found a second")
+        self._body = body
+        self.usable = True
+
+    def _check(self, manifest: Manifest) -> None:
+        """Identity before bytes: refuse another model, tokenizer or prompt, and say which."""
+        lm = self._lm
+        lm.fingerprint.require_match(manifest.fingerprint, manifest.mode)
+        own = lm.template.prompt()
+        if manifest.prompt.template_id != own.template_id or manifest.prompt.after != own.after:
+            raise IdentityError(
+                f"prompt template: here {own.template_id}, at the peer {manifest.prompt.template_id}; "
+                "or other bytes after the context"
+            )
+        shape = manifest.shape
+        if shape.tokens >= lm.window:
+            raise IdentityError(f"the context has {shape.tokens} tokens, the model's window {lm.window}")
+        if manifest.mode == "kv":
+            _check_shape(shape, lm)
+
+    def _restore(self) -> Held:
+        manifest, body = self.session.manifest, self._body
+        if manifest is None or body is None:
+            raise CodecError("the transfer ended without a segment")
+        began = time.perf_counter()
+        if isinstance(body, Part):
+            cache, stage, kinds = self._read(manifest, body), "read", {"text": body.coded_bytes}
+        else:
+            cache, stage, kinds = decode(body, manifest.shape, manifest.recipe), "decode", body.bytes_by_kind()
+        return Held(
+            cache,
+            Receipt(
+                transfer_id=manifest.transfer_id.hex(),
+                recipe=str(manifest.recipe),
+                context_tokens=cache.tokens,
+                kept_tokens=0 if isinstance(body, Part) else body.kept,
+                element_count=manifest.shape.element_count,
+                stage_s={stage: time.perf_counter() - began},
+                bytes=count_bytes(self._frame_bytes, kinds),
+            ),
+        )
+
+    def _read(self, manifest: Manifest, part: Part) -> KVCache:
+        """Text mode: the receiver reads the text itself, in the sender's prompt."""
+        try:
+            text = unpack_part(part).decode()
+        except UnicodeDecodeError as error:
+            raise CodecError(f"the text is not UTF-8: {error}") from error
+        ids = self._lm.context_ids(text, manifest.prompt)
+        if len(ids) != manifest.shape.tokens:
+            raise IdentityError(f"the text has {len(ids)} tokens here, {manifest.shape.tokens} at the sender")
+        return prefill(self._lm, ids)
+
+
+def _check_shape(shape: CacheShape, lm: LanguageModel) -> None:
+    config = lm.model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name, here, there in (
+        ("layers", config.num_hidden_layers, shape.layers),
+        ("KV heads", heads, shape.kv_heads),
+        ("head size", size, shape.head_size),
+        ("dtype", lm.dtype, shape.dtype),
+    ):
+        if here != there:
+            raise IdentityError(f"{name}: here {here}, at the peer {there}")
+
+
+class Receiver:
+    """Takes transfers and answers from them."""
+
+    def __init__(self, model: str | LanguageModel = EMBEDDED, **options: str) -> None:
+        """`options`: device, dtype, attention, as for `model.loading.load`."""
+        self.lm = load(model, **options) if isinstance(model, str) else model
+
+    def receive(self, frames: Iterable[bytes], limits: Limits | None = None) -> Held:
+        """Take a whole transfer. Raises TruncatedError where the frames end too early."""
+        intake = Intake(self.lm, limits)
+        for frame in frames:
+            intake.take(frame)
+        intake.session.close()
+        if intake.held is None:  # pragma: no cover - a complete session has restored its segment
+            raise CodecError("the transfer is complete but nothing was restored")
+        return intake.held
+
+    def read_file(self, source: BinaryIO) -> Held:
+        """Take a transfer from a `.kvl` file."""
+        return self.receive(read_frames(source))
+
+    def answer(self, held: Held, question: str, **options: float) -> Answer:
+        """Answer from a held context. Options as in `model.generate.generate`."""
+        return answer(self.lm, held.cache, question, **options)
+
+    def generate(self, held: Held, question: str, **options: float) -> Iterator[Step]:
+        """Answer a token at a time; several at once over one context are fine."""
+        return generate(self.lm, held.cache, question, **options)  # type: ignore[arg-type]

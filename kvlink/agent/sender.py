@@ -1,0 +1,250 @@
+"""The sender: reads a context once, and packs what a question needs of it.
+
+`Sender.pack` is the sender's whole path:
+
+    draft → evidence → select → encode → frame
+
+Does not know: sockets (the service does). Place on the path: its first half.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import BinaryIO
+
+from blake3 import blake3
+
+from kvlink.cache import Evidence, KVCache
+from kvlink.compress.codec import encode
+from kvlink.compress.lossless import pack_part
+from kvlink.compress.select import NEEDS, choose_positions, kept_count
+from kvlink.errors import ContextError, LimitError, RecipeError
+from kvlink.model.generate import Answer, answer
+from kvlink.model.loading import EMBEDDED, LanguageModel, load
+from kvlink.model.prefill import prefill, read_context, read_question
+from kvlink.model.template import Turn
+from kvlink.payload import EncodedSegment, Part, Prompt
+from kvlink.receipt import Receipt
+from kvlink.recipe import Amount, Recipe, Selection
+from kvlink.transport.client import grpc_bytes
+from kvlink.wire.file import write_frames
+from kvlink.wire.messages import TRANSFER_ID_BYTES, Manifest
+from kvlink.wire.session import SendSession
+
+DEFAULT_RECIPE = "q2c+draft@0.25 int4"
+DRAFT_TOKENS = 24
+_FIT_ROUNDS = 6
+
+
+@dataclass(slots=True)
+class Context:
+    """A context that was read: its text, token ids and full cache.
+
+    `evidence` remembers what the context alone gives (snapkv, h2o), by (kind, window).
+    """
+
+    text: str
+    ids: list[int]
+    prompt: Prompt
+    cache: KVCache
+    prefill_s: float
+    evidence: dict[tuple[frozenset[str], int], Evidence] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that name the context: BLAKE3 of the token ids as little-endian uint32."""
+        return blake3(struct.pack(f"<{len(self.ids)}I", *self.ids)).digest(length=16)
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache.nbytes + len(self.text) + 4 * len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A packed transfer: all its frames, what they cost, and the draft if one was made."""
+
+    manifest: Manifest
+    frames: tuple[bytes, ...]
+    receipt: Receipt
+    draft: Answer | None = None
+
+    def write(self, out: BinaryIO) -> int:
+        """Write a `.kvl` file; returns its bytes."""
+        return write_frames(self.frames, out)
+
+
+class Sender:
+    """Reads contexts with a model and packs what questions need of them."""
+
+    def __init__(self, model: str | LanguageModel = EMBEDDED, **options: str) -> None:
+        """`options`: device, dtype, attention, as for `model.loading.load`."""
+        self.lm = load(model, **options) if isinstance(model, str) else model
+
+    def read(self, text: str, turns: Sequence[Turn] = ()) -> Context:
+        """Prefill `text`. Raises ContextError where it is empty or larger than the window."""
+        prompt = self.lm.template.prompt(turns)
+        ids = self.lm.context_ids(text, prompt)
+        began = time.perf_counter()
+        cache = prefill(self.lm, ids)
+        return Context(text, ids, prompt, cache, time.perf_counter() - began)
+
+    def answer(self, context: Context, question: str, **options: float) -> Answer:
+        """What the sender itself answers, from its full cache."""
+        return answer(self.lm, context.cache, question, **options)
+
+    def pack(
+        self, context: Context, question: str, recipe: Recipe | str = DEFAULT_RECIPE, budget_bytes: int = 0
+    ) -> Transfer:
+        """Reduce the context for `question` and frame it. `budget_bytes` overrides the retention.
+
+        Raises RecipeError, ContextError, LimitError (the budget is too small for any cache).
+        """
+        recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+        recipe = _with_budget(recipe, budget_bytes)
+        clock = _Clock()
+        if recipe.mode == "text":
+            part = pack_part("text", context.text.encode(), recipe.coder)
+            clock.lap("encode")
+            return self._frame(context, recipe, part, clock, None)
+        draft = self._draft(context, question, recipe.selection)
+        clock.lap("draft")
+        evidence = self._evidence(context, question, recipe.selection, draft)
+        if recipe.selection.amount.unit == "bytes":
+            clock.lap("select")
+            return self._fit(context, recipe, evidence, clock, draft)
+        kept = self._select(context, recipe.selection, evidence)
+        clock.lap("select")
+        segment = encode(kept, recipe)
+        clock.lap("encode")
+        return self._frame(context, recipe, segment, clock, draft)
+
+    def _draft(self, context: Context, question: str, selection: Selection) -> Answer | None:
+        if "draft" not in NEEDS[selection.method]:
+            return None
+        self._need_question(question, selection)
+        return answer(self.lm, context.cache, question, max_new_tokens=DRAFT_TOKENS)
+
+    def _need_question(self, question: str, selection: Selection) -> None:
+        if not question.strip():
+            raise ContextError(f"selection {selection.method} needs the question, which is empty")
+
+    def _evidence(
+        self, context: Context, question: str, selection: Selection, draft: Answer | None
+    ) -> Evidence:
+        needs = NEEDS[selection.method]
+        if "question" in needs:
+            self._need_question(question, selection)
+            ids = self.lm.question_ids(question, context.cache.tokens)
+            return read_question(self.lm, context.cache, ids, draft.token_ids if draft else ())
+        if not needs:
+            return Evidence()
+        key = (needs, selection.window)
+        with context.lock:
+            if key not in context.evidence:
+                context.evidence[key] = read_context(self.lm, context.ids, needs, selection.window)
+            return context.evidence[key]
+
+    def _select(self, context: Context, selection: Selection, evidence: Evidence) -> KVCache:
+        if selection.method == "all":
+            return context.cache
+        positions = choose_positions(evidence, selection, context.cache.shape)
+        if selection.when == "during":
+            return prefill(self.lm, context.ids, positions)
+        return context.cache.select(positions)
+
+    def _fit(
+        self, context: Context, recipe: Recipe, evidence: Evidence, clock: _Clock, draft: Answer | None
+    ) -> Transfer:
+        """The largest count of tokens whose transfer fits the byte budget, by measured sizes."""
+        budget, tokens = int(recipe.selection.amount.value), context.cache.tokens
+        low, high, best = 0, tokens + 1, None
+        guess = tokens
+        for _ in range(_FIT_ROUNDS + tokens.bit_length()):
+            counted = recipe.with_amount(Amount(guess, "count"))
+            selection = counted.selection
+            if kept_count(selection, tokens) != guess:  # sinks and recent tokens are always in
+                guess = kept_count(selection, tokens)
+            transfer = self._frame(
+                context, counted, encode(self._select(context, selection, evidence), counted), clock, draft
+            )
+            size = transfer.receipt.wire_bytes
+            if size <= budget:
+                low, best = guess, transfer
+            else:
+                high = guess
+            if high - low <= 1 or (best is None and guess <= kept_count(_least(selection), tokens)):
+                break
+            scaled = int(guess * budget / size)
+            guess = min(high - 1, max(low + 1, scaled if low < scaled < high else (low + high) // 2))
+        if best is None:
+            raise LimitError(f"no cache fits {budget} bytes: the smallest transfer takes {size}; send the text instead")
+        clock.lap("encode")
+        return Transfer(best.manifest, best.frames, best.receipt.with_stages(**clock.stage_s), draft)
+
+    def _frame(
+        self, context: Context, recipe: Recipe, body: EncodedSegment | Part, clock: _Clock, draft: Answer | None
+    ) -> Transfer:
+        manifest = Manifest(
+            transfer_id=secrets.token_bytes(TRANSFER_ID_BYTES),
+            fingerprint=self.lm.fingerprint,
+            shape=context.cache.shape,
+            recipe=recipe,
+            prompt=context.prompt,
+            context_digest=context.digest,
+            text_bytes=len(context.text.encode()) if recipe.mode == "text" else 0,
+        )
+        session = SendSession(manifest)
+        frames = (session.open(), *session.segment(body), session.end())
+        kinds = {"text": body.coded_bytes} if isinstance(body, Part) else body.bytes_by_kind()
+        receipt = Receipt(
+            transfer_id=manifest.transfer_id.hex(),
+            recipe=str(recipe),
+            context_tokens=context.cache.tokens,
+            kept_tokens=0 if isinstance(body, Part) else body.kept,
+            element_count=manifest.shape.element_count,
+            stage_s=dict(clock.stage_s),
+            bytes=count_bytes([len(frame) for frame in frames], kinds),
+        )
+        return Transfer(manifest, frames, receipt, draft)
+
+
+def count_bytes(frame_bytes: Sequence[int], kinds: dict[str, int]) -> dict[str, int]:
+    """Bytes by kind of a transfer on gRPC; their sum is all that travels, TCP and IP excepted."""
+    return {
+        "manifest": frame_bytes[0],
+        **{kind: count for kind, count in kinds.items() if count},
+        "framing": sum(frame_bytes[1:]) - sum(kinds.values()),
+        "grpc": grpc_bytes(frame_bytes),
+    }
+
+
+def _with_budget(recipe: Recipe, budget_bytes: int) -> Recipe:
+    if not budget_bytes:
+        return recipe
+    if recipe.mode == "text" or recipe.selection.method == "all":
+        raise RecipeError(f"a budget needs a recipe that selects positions, such as q2c@1.0 int4, got {recipe}")
+    return recipe.with_amount(Amount(budget_bytes, "bytes"))
+
+
+def _least(selection: Selection) -> Selection:
+    return replace(selection, amount=Amount(1, "count"))
+
+
+class _Clock:
+    """Seconds by stage, one lap after another."""
+
+    def __init__(self) -> None:
+        self.stage_s: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.stage_s[stage] = self.stage_s.get(stage, 0.0) + now - self._last
+        self._last = now

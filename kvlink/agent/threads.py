@@ -1,0 +1,48 @@
+"""Blocking work for an event loop: a generator that runs in a thread and is read from a coroutine.
+
+Does not know: what is generated. Place on the path: between the model and the services.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_END = object()
+
+
+async def stream(make: Callable[[], Iterator[T]]) -> AsyncIterator[T]:
+    """The items of `make()`, produced in a thread. Leaving early stops the thread at its next item."""
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[Any] = asyncio.Queue()
+    gone = threading.Event()
+
+    def tell(item: Any) -> None:
+        try:
+            loop.call_soon_threadsafe(queue.put_nowait, item)
+        except RuntimeError:  # the loop has closed: nobody listens any more
+            gone.set()
+
+    def work() -> None:
+        try:
+            for item in make():
+                if gone.is_set():
+                    return
+                tell(item)
+            tell(_END)
+        except Exception as error:  # whatever it is belongs to the reader
+            tell(error)
+
+    thread = loop.run_in_executor(None, work)
+    try:
+        while (item := await queue.get()) is not _END:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        gone.set()
+        if not thread.done():
+            await asyncio.shield(thread)

@@ -1,0 +1,117 @@
+"""Tensors that cross between rooms: the KV cache and what the model saw.
+
+The axis letters of the whole package are defined here:
+
+    L layers · Hq query heads · Hkv KV heads · G = Hq / Hkv · T context tokens · K kept tokens
+    Q question tokens · W window · D head size · R rank
+
+Does not know: transformers, the wire, recipes. Place on the path: ground floor; the value
+between prefill and select, and between restore and generate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from kvlink.errors import CodecError
+from kvlink.payload import CacheShape
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Keys and values of one layer.
+
+    `keys`, `values`: `[Hkv, K, D]`, keys with the rotation of their own position.
+    `positions`: `[Hkv, K]` int64, ascending per head, each in [0, T).
+    `sliding`: the layer attends to a window of the last tokens only and travels whole.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    sliding: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """The context cache of one sequence, whole or cut down to kept positions.
+
+    `tokens` T is the logical length: the tokens that the cache stands for, and the position of
+    the next token.
+    """
+
+    layers: tuple[LayerCache, ...]
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise CodecError("a cache needs at least one layer, got none")
+        heads, _, size = self.layers[0].keys.shape
+        for index, layer in enumerate(self.layers):
+            kept = layer.positions.shape[-1]
+            for side, tensor in (("keys", layer.keys), ("values", layer.values)):
+                if tuple(tensor.shape) != (heads, kept, size):
+                    raise CodecError(
+                        f"layer {index} {side}: expected shape {(heads, kept, size)}, got {tuple(tensor.shape)}"
+                    )
+
+    @property
+    def shape(self) -> CacheShape:
+        """The shape of the full cache that this one was cut from."""
+        first = self.layers[0].keys
+        dtype = next((name for name, value in DTYPES.items() if value == first.dtype), None)
+        if dtype is None:
+            raise CodecError(f"cache dtype must be one of {', '.join(DTYPES)}, got {first.dtype}")
+        whole = tuple((i, x.keys.shape[1]) for i, x in enumerate(self.layers) if x.sliding)
+        return CacheShape(len(self.layers), first.shape[0], self.tokens, first.shape[2], dtype, whole)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.keys.nbytes + x.values.nbytes + x.positions.nbytes for x in self.layers)
+
+    def select(self, positions: Tensor) -> KVCache:
+        """The cache at `positions`: `[K]` for all heads, or `[L, Hkv, K]`; ascending, int64.
+
+        Layers with a sliding window stay whole. The cache must be a full one.
+        """
+        layers = []
+        for index, layer in enumerate(self.layers):
+            if layer.sliding:
+                layers.append(layer)
+                continue
+            heads, _, size = layer.keys.shape
+            chosen = positions if positions.ndim == 1 else positions[index]
+            chosen = chosen.expand(heads, -1) if chosen.ndim == 1 else chosen
+            at = chosen.to(layer.keys.device)[..., None].expand(-1, -1, size)
+            layers.append(LayerCache(layer.keys.gather(1, at), layer.values.gather(1, at), chosen))
+        return replace(self, layers=tuple(layers))
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What the model saw: attention that context tokens received, each `[L, Hkv, T]` float32.
+
+    `question`: mean over question tokens and over the query heads of a group. `draft`: the same
+    over the tokens of the sender's own short answer. `window`: over the last W context tokens
+    (SnapKV), 0 inside the window. `mass`: accumulated over all context queries (H2O).
+    Layers with a sliding window hold zeros. What was not asked for is None.
+    """
+
+    question: Tensor | None = None
+    draft: Tensor | None = None
+    window: Tensor | None = None
+    mass: Tensor | None = None
+    question_tokens: int = 0
+    draft_tokens: int = 0
+    window_tokens: int = 0
+    sliding_layers: frozenset[int] = field(default_factory=frozenset)
+
+
+def full_positions(heads: int, tokens: int, first: int = 0) -> Tensor:
+    """Positions `first … first + tokens - 1` for each head: `[Hkv, K]` int64."""
+    return torch.arange(first, first + tokens).expand(heads, -1)

@@ -1,0 +1,121 @@
+"""Every error that kvlink raises, in one tree.
+
+    KvlinkError
+    ├── InputError            the caller gave something that cannot be used
+    │   ├── RecipeError       a recipe's text, JSON or values
+    │   ├── ContextError      the context, the question or a data file
+    │   └── ConfigError       flags, environment, addresses
+    ├── ModelError            the model cannot be loaded or is not understood
+    │   └── UnsupportedCacheError
+    ├── IdentityError         the two ends do not hold the same model, tokenizer or prompt
+    ├── DataError             bytes that are not what they say
+    │   ├── IntegrityError    a checksum or digest that does not match
+    │   ├── TruncatedError    the bytes end too early
+    │   └── CodecError        a coded tensor that cannot be encoded or decoded
+    ├── ProtocolError
+    │   ├── LocalProtocolError   this side tried something that the session does not allow
+    │   └── RemoteProtocolError  the peer did
+    ├── LimitError            larger than a limit that was set
+    ├── NotFoundError         an unknown handle, context or transfer
+    ├── AccessError           a peer or address that is not allowed
+    └── TransportError        the link or the peer failed
+        ├── PeerUnavailableError
+        └── DeadlineError
+
+Messages say what was expected, what was found, and where. `retryable` says whether the same
+call can work later without a change.
+
+Does not know: gRPC (the table that maps this tree to status codes is in `transport.status`).
+"""
+
+from __future__ import annotations
+
+
+class KvlinkError(Exception):
+    """Base of all errors of the package."""
+
+    retryable = False
+
+
+class InputError(KvlinkError):
+    """The caller gave something that cannot be used."""
+
+
+class RecipeError(InputError):
+    """A recipe that cannot be read or whose values are out of range."""
+
+
+class ContextError(InputError):
+    """A context, question or data file that cannot be used."""
+
+
+class ConfigError(InputError):
+    """A flag, environment variable or address that cannot be used."""
+
+
+class ModelError(KvlinkError):
+    """The model cannot be loaded or is not understood."""
+
+
+class UnsupportedCacheError(ModelError):
+    """The model keeps its context in a cache class that kvlink does not know."""
+
+
+class IdentityError(KvlinkError):
+    """The two ends do not hold the same model, tokenizer or prompt template."""
+
+
+class DataError(KvlinkError):
+    """Bytes that are not what they say they are."""
+
+
+class IntegrityError(DataError):
+    """A checksum or digest does not match the bytes."""
+
+
+class TruncatedError(DataError):
+    """The bytes end before the transfer does."""
+
+
+class CodecError(DataError):
+    """A tensor that cannot be encoded or a coded tensor that cannot be decoded."""
+
+
+class ProtocolError(KvlinkError):
+    """Something happened that the session's transition table does not allow."""
+
+
+class LocalProtocolError(ProtocolError):
+    """This side tried it."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer did it."""
+
+
+class LimitError(KvlinkError):
+    """Larger than a limit that was set; refused before anything was allocated."""
+
+    retryable = True
+
+
+class NotFoundError(KvlinkError):
+    """An unknown or expired handle, context or transfer."""
+
+
+class AccessError(KvlinkError):
+    """A peer or address that the configuration does not allow."""
+
+
+class TransportError(KvlinkError):
+    """The link or the peer failed."""
+
+    retryable = True
+
+
+class PeerUnavailableError(TransportError):
+    """No connection, or the peer went away in mid-call."""
+
+
+class DeadlineError(TransportError):
+    """The deadline passed first."""

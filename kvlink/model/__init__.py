@@ -1,0 +1,4 @@
+"""Language models: load, prefill, capture evidence, restore a cache, generate.
+
+The only room that knows transformers. Sees no recipe's bytes, no frame, no peer.
+"""

@@ -1,0 +1,131 @@
+"""Generation from a restored cache: the question is read at its own positions, then tokens follow.
+
+The kept part needs no token ids. What looks at token history (repetition penalties, n-gram bans)
+is therefore off: the answer is greedy, or sampled from a seed.
+
+Does not know: codecs, peers. Place on the path: last at the receiver; the sender drafts with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvlink.cache import KVCache
+from kvlink.errors import ContextError
+from kvlink.model.loading import LanguageModel
+from kvlink.model.restore import view
+
+DEFAULT_NEW_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One generated token: its id, the text that is new, seconds since the start."""
+
+    token_id: int
+    text: str
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer. `first_token_s`: from the start of reading the question."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    first_token_s: float
+    total_s: float
+
+
+def generate(
+    lm: LanguageModel,
+    cache: KVCache,
+    question: str,
+    *,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[Step]:
+    """Answer `question` from `cache`, a token at a time. Works on its own view of the cache.
+
+    `temperature` 0 is greedy. Raises ContextError where the window is too small.
+    """
+    if max_new_tokens < 1:
+        raise ContextError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature <= 10:
+        raise ContextError(f"temperature must be from 0 to 10, got {temperature}")
+    ids: Sequence[int] = lm.question_ids(question, cache.tokens, max_new_tokens)
+    sampler = torch.Generator().manual_seed(seed)
+    state, position, began = view(lm, cache), cache.tokens, time.perf_counter()
+    stops = _stop_ids(lm)
+    tokens: list[int] = []
+    told = ""
+    for _ in range(max_new_tokens):
+        logits = next_logits(lm, state, ids, position)[-1]
+        position += len(ids)
+        token = _pick(logits, temperature, sampler)
+        tokens.append(token)
+        text = "" if token in stops else lm.tokenizer.decode(tokens, skip_special_tokens=True)
+        stop = token in stops or any(mark in text.lstrip() for mark in lm.template.stops)
+        if stop:
+            yield Step(token, _before_stop(lm, text)[len(told) :] if text else "", time.perf_counter() - began)
+            return
+        # Bytes of an unfinished character decode to U+FFFD: wait for the rest of it.
+        new = "" if text.endswith("\ufffd") else text[len(told) :]
+        told += new
+        yield Step(token, new, time.perf_counter() - began)
+        ids = [token]
+
+
+def answer(lm: LanguageModel, cache: KVCache, question: str, **options: float) -> Answer:
+    """The whole answer as text without the space around it. Options as in `generate`."""
+    steps = list(generate(lm, cache, question, **options))  # type: ignore[arg-type]
+    return Answer(
+        "".join(step.text for step in steps).strip(),
+        tuple(step.token_id for step in steps),
+        steps[0].elapsed_s,
+        steps[-1].elapsed_s,
+    )
+
+
+@torch.inference_mode()
+def next_logits(lm: LanguageModel, state: object, ids: Sequence[int], position: int) -> Tensor:
+    """Logits `[len(ids), V]` float32 of tokens read at `position …`; fills `state`.
+
+    The mask spans the logical length: sliding-window layers count from it.
+    """
+    device = lm.model.device
+    with lm.lock:
+        out = lm.model(
+            input_ids=torch.tensor([list(ids)], device=device),
+            attention_mask=torch.ones(1, position + len(ids), dtype=torch.long, device=device),
+            position_ids=torch.arange(position, position + len(ids), device=device)[None],
+            past_key_values=state,
+            use_cache=True,
+        )
+    return out.logits[0].float().cpu()
+
+
+def _pick(logits: Tensor, temperature: float, sampler: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=sampler))
+
+
+def _stop_ids(lm: LanguageModel) -> frozenset[int]:
+    """The ids that end an answer, from the tokenizer and the generation configuration."""
+    found = {lm.tokenizer.eos_token_id}
+    configured = getattr(lm.model.generation_config, "eos_token_id", None)
+    found |= set(configured) if isinstance(configured, list) else {configured}
+    return frozenset(i for i in found if i is not None)
+
+
+def _before_stop(lm: LanguageModel, text: str) -> str:
+    lead = len(text) - len(text.lstrip())
+    cuts = [text.find(mark, lead) for mark in lm.template.stops]
+    return text[: min((c for c in cuts if c >= 0), default=len(text))]

@@ -1,0 +1,162 @@
+"""Loading: a decoder-only transformers model by name or path, or the embedded one.
+
+Refuses what kvlink does not understand by name: other cache layers, rotary embeddings that
+change with length, encoders. Weights come from safetensors only; remote code never runs.
+
+Does not know: contexts, peers. Place on the path: before it.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from kvlink.cache import DTYPES
+from kvlink.errors import ConfigError, ContextError, ModelError, UnsupportedCacheError
+from kvlink.model.fingerprint import fingerprint_of
+from kvlink.model.template import Template, Turn, template_for
+from kvlink.payload import Fingerprint, Prompt
+
+EMBEDDED = "kvlink-tiny"
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_CHANGING_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """A model with its tokenizer and template. `lock` is held for every forward pass."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    template: Template
+    fingerprint: Fingerprint
+    attention: str
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def window(self) -> int:
+        """Positions that the model can tell apart."""
+        return int(getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", 2**31))
+
+    @property
+    def dtype(self) -> str:
+        return next(name for name, value in DTYPES.items() if value == self.model.dtype)
+
+    def context_ids(self, text: str, prompt: Prompt | None = None, turns: tuple[Turn, ...] = ()) -> list[int]:
+        """Token ids of before · context · after, cut as one text. Raises ContextError."""
+        if not text.strip():
+            raise ContextError("the context is empty: nothing to read")
+        prompt = prompt or self.template.prompt(turns)
+        ids = self._encode(
+            prompt.before.decode() + text + prompt.after.decode(), self.template.special_tokens
+        )
+        if len(ids) >= self.window:
+            raise ContextError(f"the context has {len(ids)} tokens, the model's window {self.window}")
+        return ids
+
+    def question_ids(self, question: str, context_tokens: int, new_tokens: int = 1) -> list[int]:
+        """Token ids of the question's part. Raises ContextError where the window is too small."""
+        if not question.strip():
+            raise ContextError("the question is empty")
+        ids = self._encode(self.template.ask(question), False)
+        if context_tokens + len(ids) + new_tokens > self.window:
+            raise ContextError(
+                f"the question has {len(ids)} tokens; with {context_tokens} of context and {new_tokens} to come "
+                f"that is more than the model's window of {self.window}"
+            )
+        return ids
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        try:
+            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        except UnicodeEncodeError as error:
+            raise ContextError(f"the text is not valid Unicode: {error}") from error
+
+
+def embedded_folder() -> Path:
+    return Path(__file__).with_name("tiny")
+
+
+def load(
+    name: str = EMBEDDED, *, device: str = "cpu", dtype: str = "auto", attention: str = "auto"
+) -> LanguageModel:
+    """Load a model. `dtype`: auto, bfloat16, float16 or float32.
+
+    Raises ModelError or UnsupportedCacheError, naming what is not understood.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    folder = embedded_folder() if name == EMBEDDED else Path(name)
+    source = str(folder) if folder.is_dir() else name
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.endswith("/")):
+        raise ModelError(f"no directory {name!r} with a model in it")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        check_config(config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype if dtype == "auto" else DTYPES[dtype],
+            attn_implementation=None if attention == "auto" else attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        model = model.to(device)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(f"cannot load {name!r}: {str(error).strip().splitlines()[0]}") from error
+    return wrap(name, model, tokenizer, folder if folder.is_dir() else _snapshot(model))
+
+
+def wrap(name: str, model: Any, tokenizer: Any, folder: Path | None = None) -> LanguageModel:
+    """A `LanguageModel` around a transformers model that is already in memory."""
+    check_config(model.config)
+    model.eval()
+    if model.dtype not in DTYPES.values():
+        raise UnsupportedCacheError(f"the cache dtype must be one of {', '.join(DTYPES)}, got {model.dtype}")
+    template = template_for(tokenizer)
+    fingerprint = fingerprint_of(model, tokenizer, template, folder)
+    return LanguageModel(name, model, tokenizer, template, fingerprint, model.config._attn_implementation)
+
+
+def check_config(config: Any) -> None:
+    """Refuse by name what a restored cache could not stand for."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedCacheError(
+            f"{config.model_type} is an encoder-decoder; kvlink needs a decoder-only model"
+        )
+    text = config.get_text_config(decoder=True)
+    for kind in getattr(text, "layer_types", None) or ():
+        if kind not in _LAYER_TYPES:
+            raise UnsupportedCacheError(
+                f"{config.model_type}: attention layers of kind {kind!r} are not understood"
+            )
+    for layer in DynamicCache(config=config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedCacheError(
+                f"{config.model_type}: cache layer {type(layer).__name__} is not understood"
+            )
+    if getattr(text, "attention_chunk_size", None):
+        raise UnsupportedCacheError(f"{config.model_type}: chunked attention is not understood")
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        kind = parameters.get("rope_type") or parameters.get("type")
+        if kind in _CHANGING_ROPE:
+            raise UnsupportedCacheError(
+                f"{config.model_type}: rotary embedding {kind!r} changes with length, so a restored key would be wrong"
+            )
+
+
+def _snapshot(model: Any) -> Path | None:
+    """The directory of a checkpoint that came from a hub's cache, if it can be told."""
+    path = transformers.utils.cached_file(
+        model.name_or_path, "config.json", _raise_exceptions_for_missing_entries=False
+    )
+    return Path(path).parent if path else None

@@ -1,0 +1,195 @@
+"""Prefill and evidence: reading a context, and seeing what a question attends to in it.
+
+Evidence is captured from the attention of a few queries at a time over cached keys; a T×T matrix
+never exists. The capture runs the eager attention, one block of queries at a time, and reduces
+each layer's weights as soon as they appear.
+
+Does not know: selection rules, codecs, peers. Place on the path: first at the sender.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlink.cache import Evidence, KVCache
+from kvlink.errors import ModelError, UnsupportedCacheError
+from kvlink.model.loading import LanguageModel
+from kvlink.model.restore import extract, view
+
+MASS_BLOCK = 128
+"""Queries at a time while accumulated attention is captured: Hq·128·T weights exist at once."""
+
+
+def prefill(lm: LanguageModel, ids: Sequence[int], kept: Tensor | None = None) -> KVCache:
+    """Read token `ids` and return their cache.
+
+    `kept` `[K]` int64, ascending: read only these tokens, at their own positions (construction-
+    time selection: kept tokens never see the others). Not for sliding windows, which count
+    tokens by index.
+    """
+    tokens = len(ids)
+    if kept is None:
+        return extract(_forward(lm, ids, new_cache(lm), 0, seen=0), tokens)
+    cache = new_cache(lm)
+    if any(layer.is_sliding for layer in cache.layers):
+        raise UnsupportedCacheError("when=during is not possible on a model with sliding-window layers")
+    chosen = [ids[i] for i in kept.tolist()]
+    _forward(lm, chosen, cache, 0, seen=0, positions=kept)
+    return extract(cache, tokens, kept)
+
+
+def read_question(
+    lm: LanguageModel, cache: KVCache, question: Sequence[int], draft: Sequence[int] = ()
+) -> Evidence:
+    """The attention that context tokens receive from a question and a drafted answer.
+
+    One forward of the Q + draft tokens over the cached keys. `[L, Hkv, T]` each.
+    """
+    with lm.lock, _captured(lm) as seen:
+        _forward(lm, [*question, *draft], view(lm, cache), cache.tokens, seen=cache.tokens)
+    asked = len(question)
+    rows = [_grouped(layer, cache) for layer in seen.weights(len(cache.layers))]
+    drafted = None
+    if draft:
+        drafted = torch.stack([_over_context(r[:, asked:].mean(1), cache, i) for i, r in enumerate(rows)])
+    return Evidence(
+        question=torch.stack([_over_context(r[:, :asked].mean(1), cache, i) for i, r in enumerate(rows)]),
+        draft=drafted,
+        question_tokens=asked,
+        draft_tokens=len(draft),
+        sliding_layers=_sliding(cache),
+    )
+
+
+def read_context(lm: LanguageModel, ids: Sequence[int], needs: Collection[str], window: int) -> Evidence:
+    """Evidence that only the context gives: `window` (SnapKV) and `mass` (H2O).
+
+    Reads the context once more, in blocks. A window is at most a quarter of the context, rounded up.
+    """
+    tokens = len(ids)
+    window = max(1, min(window, -(-tokens // 4)))
+    total: Tensor | None = None
+    last: Tensor | None = None
+    cache = new_cache(lm)
+    with lm.lock:
+        for start, stop, wanted in _blocks(tokens, window, "mass" in needs):
+            if not wanted:
+                _forward(lm, ids[start:stop], cache, start, seen=start)
+                continue
+            with _captured(lm) as seen:
+                _forward(lm, ids[start:stop], cache, start, seen=start)
+            held = extract(cache, stop)
+            sums = torch.stack([
+                _over_context(_grouped(w, held).sum(1), held, i, tokens)
+                for i, w in enumerate(seen.weights(len(held.layers)))
+            ])
+            total = sums if total is None else total + sums
+            if stop == tokens:
+                last = sums / (stop - start)
+                last[..., tokens - window :] = 0
+    return Evidence(
+        window=last,
+        mass=total if "mass" in needs else None,
+        window_tokens=window,
+        sliding_layers=_sliding(extract(cache, tokens)),
+    )
+
+
+def new_cache(lm: LanguageModel) -> Any:
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache(config=lm.model.config)
+
+
+def _blocks(tokens: int, window: int, all_blocks: bool) -> Iterator[tuple[int, int, bool]]:
+    """(start, stop, captured): the last block is the window; the others only where asked."""
+    first = tokens - window
+    step = MASS_BLOCK if all_blocks else max(1, first)
+    for start in range(0, first, step):
+        yield start, min(start + step, first), all_blocks
+    yield first, tokens, True
+
+
+@torch.inference_mode()
+def _forward(
+    lm: LanguageModel, ids: Sequence[int], cache: Any, first: int, *, seen: int, positions: Tensor | None = None
+) -> Any:
+    """One forward pass that fills `cache`. `seen`: logical length before it."""
+    device = lm.model.device
+    places = torch.arange(first, first + len(ids)) if positions is None else positions
+    with lm.lock:
+        lm.model(
+            input_ids=torch.tensor([list(ids)], device=device),
+            attention_mask=torch.ones(1, seen + len(ids), dtype=torch.long, device=device),
+            position_ids=places[None].to(device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return cache
+
+
+class _Seen:
+    """Attention weights `[Hq, Q, S]` of each layer, taken as the layers run."""
+
+    def __init__(self) -> None:
+        self.by_layer: dict[int, Tensor] = {}
+
+    def weights(self, layers: int) -> list[Tensor]:
+        if sorted(self.by_layer) != list(range(layers)):
+            raise UnsupportedCacheError(
+                f"attention weights of layers {sorted(self.by_layer)} were seen, expected all {layers}"
+            )
+        return [self.by_layer[index] for index in range(layers)]
+
+
+@contextmanager
+def _captured(lm: LanguageModel) -> Iterator[_Seen]:
+    """Run the model with eager attention and keep each layer's weights. Hold `lm.lock`."""
+    seen = _Seen()
+
+    def hook(module: Any, arguments: Any, output: Any) -> None:
+        if not isinstance(output, tuple) or len(output) < 2 or output[1] is None:
+            raise UnsupportedCacheError(f"{type(module).__name__} does not return its attention weights")
+        seen.by_layer[module.layer_idx] = output[1][0].float().cpu()
+
+    modules = [
+        m for m in lm.model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")
+    ]
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        lm.model.set_attn_implementation("eager")
+        yield seen
+    except ValueError as error:
+        raise ModelError(f"{lm.name}: eager attention is not available: {error}") from error
+    finally:
+        lm.model.set_attn_implementation(lm.attention)
+        for handle in handles:
+            handle.remove()
+
+
+def _grouped(weights: Tensor, cache: KVCache) -> Tensor:
+    """`[Hq, Q, S]` → `[Hkv, Q, S]`: mean over the query heads of a group."""
+    heads = cache.layers[0].keys.shape[0]
+    return weights.unflatten(0, (heads, -1)).mean(1)
+
+
+def _over_context(scores: Tensor, cache: KVCache, layer: int, tokens: int | None = None) -> Tensor:
+    """`[Hkv, S]` over cached and new keys → `[Hkv, T]` over context positions.
+
+    Layers with a sliding window count as zeros: they travel whole and need no vote.
+    """
+    out = torch.zeros(scores.shape[0], tokens or cache.tokens)
+    if not cache.layers[layer].sliding:
+        count = min(out.shape[1], cache.tokens, scores.shape[1])
+        out[:, :count] = scores[:, :count]
+    return out
+
+
+def _sliding(cache: KVCache) -> frozenset[int]:
+    return frozenset(i for i, layer in enumerate(cache.layers) if layer.sliding)

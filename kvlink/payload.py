@@ -1,0 +1,176 @@
+"""Coded tensors and identities: bytes and numbers that cross from room to room.
+
+Does not know: torch, frames, how the bytes were made. Place on the path: ground floor, the
+value between quantize/code and frame.
+
+A segment is one selection map and the coded tensors of all layers for the positions it names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from kvlink.errors import IdentityError
+from kvlink.recipe import Mode, Quantizer, Recipe
+
+PartKind = Literal["map", "scales", "codes", "text"]
+PART_KINDS: tuple[PartKind, ...] = ("map", "scales", "codes", "text")
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Identity of a model by components, each 16 bytes."""
+
+    weights: bytes
+    architecture: bytes
+    rotary: bytes
+    tokenizer: bytes
+    template: bytes
+
+    def require_match(self, other: Fingerprint, mode: Mode) -> None:
+        """Raise IdentityError, naming what differs, unless `other` serves for `mode`.
+
+        `kv` needs all components, `text` the tokenizer and the template.
+        """
+        names = [f.name for f in fields(self)] if mode == "kv" else ["tokenizer", "template"]
+        for name in names:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise IdentityError(
+                    f"{name} differ: here {mine.hex()[:12]}, at the peer {theirs.hex()[:12]}; "
+                    f"mode {mode} needs the same {', '.join(names)} at both ends"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What stands around the context: text = before · context · after, then the question."""
+
+    template_id: str
+    before: bytes
+    after: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes of one kind. `plain_bytes`: their size after the coder is undone.
+
+    `coder` names how `data` was packed: `identity` or `zstd`.
+    """
+
+    kind: PartKind
+    coder: Literal["identity", "zstd"]
+    plain_bytes: int
+    data: bytes
+
+    @property
+    def coded_bytes(self) -> int:
+        return len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTensor:
+    """Keys or values of one layer. `shape` is `[Hkv, K, D]`, K the kept tokens.
+
+    `scale_bytes` is 2 (float16) or 4 (float32, where float16 cannot hold the scales).
+    """
+
+    layer: int
+    side: Literal["keys", "values"]
+    shape: tuple[int, int, int]
+    scale_bytes: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """The shape of a full context cache, in numbers only.
+
+    `layers` L, `kv_heads` Hkv, `tokens` T (the logical length), `head_size` D, `dtype` one of
+    bfloat16, float16, float32. `whole_layers`: layers that travel whole whatever the selection
+    (sliding windows), with the positions that they hold.
+    """
+
+    layers: int
+    kv_heads: int
+    tokens: int
+    head_size: int
+    dtype: str
+    whole_layers: tuple[tuple[int, int], ...] = ()
+    """(layer, held tokens) of layers with a sliding window; the held tokens are the last ones."""
+
+    @property
+    def element_bytes(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def element_count(self) -> int:
+        """Elements of the full, unselected context cache; the denominator of bits per element."""
+        held = dict(self.whole_layers)
+        tokens = sum(held.get(layer, self.tokens) for layer in range(self.layers))
+        return 2 * tokens * self.kv_heads * self.head_size
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.element_count * self.element_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSegment:
+    """What one segment carries.
+
+    `kept`: number of positions in each set of the map. `map_sets`: 1 (shared) or L·Hkv (per
+    head; whole layers have no set). `selection_map` is absent where all positions travel.
+    """
+
+    kept: int
+    map_sets: int
+    selection_map: Part | None
+    tensors: tuple[EncodedTensor, ...]
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Coded bytes by kind: map, scales, codes."""
+        total = dict.fromkeys(("map", "scales", "codes"), 0)
+        parts = [self.selection_map] if self.selection_map else []
+        for part in [*parts, *(part for tensor in self.tensors for part in tensor.parts)]:
+            total[part.kind] += part.coded_bytes
+        return total
+
+
+def quantized_sizes(
+    quantizer: Quantizer, shape: tuple[int, int, int], element_bytes: int, scale_bytes: int
+) -> list[tuple[PartKind, int]]:
+    """Kinds and plain bytes of the parts that a quantizer makes of a `[H, N, D]` tensor."""
+    heads, rows, columns = shape
+    count = heads * rows * columns
+    if quantizer.bits == 16:
+        return [("codes", count * element_bytes)]
+    lines, length = (rows, columns) if quantizer.axis == "token" else (columns, rows)
+    groups = heads * lines * -(-length // quantizer.group)
+    scales = groups * scale_bytes * (1 if quantizer.symmetric else 2)
+    return [("scales", scales), ("codes", -(-count // 8) * quantizer.bits)]
+
+
+def plain_sizes(
+    recipe: Recipe, shape: CacheShape, layer: int, side: Literal["keys", "values"], kept: int, scale_bytes: int
+) -> list[tuple[PartKind, int]]:
+    """Kinds and plain bytes of the parts of one coded tensor, in their order on the wire.
+
+    Known to both ends before a byte is taken: coded parts are never larger than plain ones.
+    """
+    quantizer = recipe.quantizers(layer)[side == "values"]
+    heads, size = shape.kv_heads, shape.head_size
+    rank = min(recipe.rank, kept, heads * size)
+    if not rank:
+        return quantized_sizes(quantizer, (heads, kept, size), shape.element_bytes, scale_bytes)
+    left, right = factor_quantizers(quantizer)
+    return [
+        *quantized_sizes(left, (1, kept, rank), 4, scale_bytes),
+        *quantized_sizes(right, (1, rank, heads * size), 4, scale_bytes),
+    ]
+
+
+def factor_quantizers(quantizer: Quantizer) -> tuple[Quantizer, Quantizer]:
+    """Quantizers of the factors `[K, R]` and `[R, Hkv·D]`: both share scales within a rank."""
+    return replace(quantizer, axis="channel"), replace(quantizer, axis="token")

@@ -1,0 +1,64 @@
+"""Receipts and capabilities: what a transfer cost, and what an agent says of itself.
+
+Does not know: how the figures were measured. Place on the path: ground floor; travels beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from kvlink.payload import Fingerprint
+
+STAGES = ("prefill", "draft", "select", "encode", "wire", "decode", "read", "first_token", "generate")
+"""Stages in the order of the path. `read`: the receiver's own prefill in text mode."""
+
+BYTE_KINDS = ("manifest", "map", "scales", "codes", "text", "framing", "grpc")
+"""Kinds of bytes. `framing`: headers, chunks, digests. `grpc`: message and HTTP/2 headers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one transfer cost. Seconds by stage, bytes by kind, all of them.
+
+    `socket_bytes`: acknowledged on the connection as the kernel counts, 0 where it cannot be asked.
+    `element_count`: elements of the full, unselected context cache.
+    """
+
+    transfer_id: str = ""
+    recipe: str = ""
+    context_tokens: int = 0
+    kept_tokens: int = 0
+    element_count: int = 0
+    stage_s: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    socket_bytes: int = 0
+
+    @property
+    def wire_bytes(self) -> int:
+        """Everything that the transfer put on its connection, computed."""
+        return sum(self.bytes.values())
+
+    @property
+    def bits_per_element(self) -> float:
+        """8 · wire bytes ÷ elements of the full context cache. BF16 uncompressed is 16."""
+        return 8 * self.wire_bytes / self.element_count if self.element_count else 0.0
+
+    def with_stages(self, **stage_s: float) -> Receipt:
+        return replace(self, stage_s={**self.stage_s, **stage_s})
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an agent is and can do. `limits` by name, in bytes, tokens or counts."""
+
+    model_name: str
+    fingerprint: Fingerprint
+    dtype: str
+    release: str
+    modes: tuple[str, ...] = ("kv", "text")
+    codecs: tuple[str, ...] = ("raw", "lossless", "int8", "int4", "int3", "int2", "int1", "svd")
+    coders: tuple[str, ...] = ("identity", "zstd")
+    limits: dict[str, int] = field(default_factory=dict)
+    prefill_tokens_per_s: float = 0.0
+    protocol_min: int = 1
+    protocol_max: int = 1

@@ -1,0 +1,103 @@
+"""What the two services do, in the package's own values: the handlers that agents implement.
+
+Does not know: gRPC, protobuf. Place on the path: between the agents and the transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from kvlink.receipt import Capabilities, Receipt
+
+PushState = Literal["accepted", "durable", "complete", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class PushStatus:
+    """The receiver's word on a transfer; `next_sequence` is the frame it wants next."""
+
+    state: PushState
+    next_sequence: int
+    cache_id: str = ""
+    receipt: Receipt = field(default_factory=Receipt)
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A context that a sender holds. `context_id` is the last part of its handle."""
+
+    context_id: str
+    context_tokens: int
+    cache_bytes: int
+    prefill_s: float
+    lifetime_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What to deliver: a published context or a text to read now, reduced for a question."""
+
+    receiver: str
+    question: str
+    recipe: str = ""
+    context_id: str = ""
+    text: str = ""
+    budget_bytes: int = 0
+    answer_here: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a delivery is; the last one has `done`."""
+
+    sent_bytes: int
+    total_bytes: int
+    done: bool = False
+    cache_id: str = ""
+    sender_answer: str = ""
+    receipt: Receipt = field(default_factory=Receipt)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A question for a held context."""
+
+    cache_id: str
+    question: str
+    max_new_tokens: int = 0
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New text of an answer; the last one has `done` and the receipt."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    done: bool = False
+    receipt: Receipt = field(default_factory=Receipt)
+
+
+class ReceiverHandler(Protocol):
+    """What a receiver agent does for its callers."""
+
+    def capabilities(self) -> Capabilities: ...
+    def push_cache(self, frames: AsyncIterator[bytes]) -> AsyncIterator[PushStatus]: ...
+    def transfer_status(self, transfer_id: bytes) -> PushStatus: ...
+    def generate(self, ask: Ask) -> AsyncIterator[Piece]: ...
+    def delete_cache(self, cache_id: str) -> None: ...
+
+
+class SenderHandler(Protocol):
+    """What a sender agent does for its callers."""
+
+    def capabilities(self) -> Capabilities: ...
+    async def publish(self, text: str, lifetime_s: int, turns: list[tuple[str, str]]) -> Published: ...
+    def unpublish(self, context_id: str) -> None: ...
+    def fetch_cache(
+        self, context_id: str, question: str, recipe: str, budget_bytes: int, transfer_id: bytes, next_sequence: int
+    ) -> AsyncIterator[bytes]: ...
+    def deliver_cache(self, delivery: Delivery) -> AsyncIterator[Progress]: ...

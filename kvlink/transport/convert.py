@@ -1,0 +1,98 @@
+"""Service messages and the package's values, pair by pair.
+
+Does not know: sockets, agents. Place on the path: just inside the services.
+"""
+
+from __future__ import annotations
+
+from kvlink.receipt import Capabilities, Receipt
+from kvlink.transport.api import PushState, PushStatus
+from kvlink.v1 import common_pb2, receiver_pb2
+from kvlink.wire.messages import fingerprint_from_proto, fingerprint_to_proto
+
+_STATES: dict[PushState, receiver_pb2.TransferState] = {
+    "accepted": receiver_pb2.TRANSFER_STATE_ACCEPTED,
+    "durable": receiver_pb2.TRANSFER_STATE_DURABLE,
+    "complete": receiver_pb2.TRANSFER_STATE_COMPLETE,
+    "failed": receiver_pb2.TRANSFER_STATE_FAILED,
+}
+_STATE_NAMES = {value: name for name, value in _STATES.items()}
+
+
+def receipt_to_proto(receipt: Receipt) -> common_pb2.Receipt:
+    return common_pb2.Receipt(
+        stage_s=receipt.stage_s,
+        bytes=receipt.bytes,
+        wire_bytes=receipt.wire_bytes,
+        socket_bytes=receipt.socket_bytes,
+        bits_per_element=receipt.bits_per_element,
+        context_tokens=receipt.context_tokens,
+        kept_tokens=receipt.kept_tokens,
+        recipe=receipt.recipe,
+        transfer_id=receipt.transfer_id,
+        element_count=receipt.element_count,
+    )
+
+
+def receipt_from_proto(message: common_pb2.Receipt) -> Receipt:
+    return Receipt(
+        transfer_id=message.transfer_id,
+        recipe=message.recipe,
+        context_tokens=message.context_tokens,
+        kept_tokens=message.kept_tokens,
+        element_count=message.element_count,
+        stage_s=dict(message.stage_s),
+        bytes=dict(message.bytes),
+        socket_bytes=message.socket_bytes,
+    )
+
+
+def capabilities_to_proto(value: Capabilities) -> common_pb2.Capabilities:
+    return common_pb2.Capabilities(
+        protocol_min=value.protocol_min,
+        protocol_max=value.protocol_max,
+        model_name=value.model_name,
+        fingerprint=fingerprint_to_proto(value.fingerprint),
+        modes=value.modes,
+        codecs=value.codecs,
+        coders=value.coders,
+        limits=common_pb2.Limits(**value.limits),
+        prefill_tokens_per_s=value.prefill_tokens_per_s,
+        release=value.release,
+        dtype=value.dtype,
+    )
+
+
+def capabilities_from_proto(message: common_pb2.Capabilities) -> Capabilities:
+    return Capabilities(
+        model_name=message.model_name,
+        fingerprint=fingerprint_from_proto(message.fingerprint),
+        dtype=message.dtype,
+        release=message.release,
+        modes=tuple(message.modes),
+        codecs=tuple(message.codecs),
+        coders=tuple(message.coders),
+        limits={field.name: value for field, value in message.limits.ListFields()},
+        prefill_tokens_per_s=message.prefill_tokens_per_s,
+        protocol_min=message.protocol_min,
+        protocol_max=message.protocol_max,
+    )
+
+
+def push_status_to_proto(status: PushStatus) -> receiver_pb2.PushCacheResponse:
+    return receiver_pb2.PushCacheResponse(
+        state=_STATES[status.state],
+        next_sequence=status.next_sequence,
+        cache_id=status.cache_id,
+        receipt=receipt_to_proto(status.receipt),
+    )
+
+
+def push_status_from_proto(
+    message: receiver_pb2.PushCacheResponse | receiver_pb2.GetTransferStatusResponse,
+) -> PushStatus:
+    receipt = Receipt()
+    if isinstance(message, receiver_pb2.PushCacheResponse):
+        receipt = receipt_from_proto(message.receipt)
+    state = _STATE_NAMES.get(message.state, "failed")
+    return PushStatus(state, message.next_sequence, message.cache_id, receipt)

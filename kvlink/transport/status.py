@@ -1,0 +1,79 @@
+"""Errors of the package and gRPC status codes: one table, both directions.
+
+A test fails on an error class that the table does not place.
+
+Does not know: what was being done. Place on the path: at the edge of every call.
+"""
+
+from __future__ import annotations
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from kvlink import errors
+from kvlink.errors import KvlinkError
+
+CODES: dict[type[KvlinkError], grpc.StatusCode] = {
+    errors.KvlinkError: grpc.StatusCode.INTERNAL,
+    errors.InputError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.RecipeError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ContextError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ModelError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.UnsupportedCacheError: grpc.StatusCode.UNIMPLEMENTED,
+    errors.IdentityError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.DataError: grpc.StatusCode.DATA_LOSS,
+    errors.IntegrityError: grpc.StatusCode.DATA_LOSS,
+    errors.TruncatedError: grpc.StatusCode.DATA_LOSS,
+    errors.CodecError: grpc.StatusCode.DATA_LOSS,
+    errors.ProtocolError: grpc.StatusCode.INTERNAL,
+    errors.LocalProtocolError: grpc.StatusCode.INTERNAL,
+    errors.RemoteProtocolError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.LimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.AccessError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.TransportError: grpc.StatusCode.UNAVAILABLE,
+    errors.PeerUnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+_DOMAIN = "kvlink"
+_BY_NAME = {cls.__name__: cls for cls in CODES}
+_FALLBACK: dict[grpc.StatusCode, type[KvlinkError]] = {
+    grpc.StatusCode.UNAVAILABLE: errors.PeerUnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineError,
+    grpc.StatusCode.CANCELLED: errors.PeerUnavailableError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.LimitError,
+    grpc.StatusCode.NOT_FOUND: errors.NotFoundError,
+    grpc.StatusCode.UNIMPLEMENTED: errors.RemoteProtocolError,
+    grpc.StatusCode.PERMISSION_DENIED: errors.AccessError,
+    grpc.StatusCode.UNAUTHENTICATED: errors.AccessError,
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InputError,
+}
+
+
+def to_status(error: KvlinkError) -> grpc.Status:
+    """The rich status of an error: code, message, class name as the reason."""
+    code = CODES[type(error)]
+    proto = status_pb2.Status(code=code.value[0], message=str(error))
+    proto.details.add().Pack(
+        error_details_pb2.ErrorInfo(
+            reason=type(error).__name__,
+            domain=_DOMAIN,
+            metadata={"retryable": str(error.retryable).lower()},
+        )
+    )
+    return rpc_status.to_status(proto)
+
+
+def from_rpc_error(error: grpc.RpcError, peer: str) -> KvlinkError:
+    """The error that the peer raised, or the nearest one for what gRPC itself reports."""
+    proto = rpc_status.from_call(error)
+    if proto is not None:
+        for detail in proto.details:
+            info = error_details_pb2.ErrorInfo()
+            if detail.Unpack(info) and info.domain == _DOMAIN and info.reason in _BY_NAME:
+                return _BY_NAME[info.reason](f"{peer}: {proto.message}")
+    code, text = error.code(), error.details() or "no details"
+    return _FALLBACK.get(code, errors.KvlinkError)(f"{peer}: {code.name.lower()}: {text}")

@@ -1,0 +1,1 @@
+"""Generated from proto/kvlink/v1; never edited."""

@@ -1,0 +1,105 @@
+from kvlink.v1 import common_pb2 as _common_pb2
+from kvlink.v1 import wire_pb2 as _wire_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Turn(_message.Message):
+    __slots__ = ("role", "content")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    content: str
+    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+
+class PublishContextRequest(_message.Message):
+    __slots__ = ("text", "lifetime_s", "earlier_turns")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    LIFETIME_S_FIELD_NUMBER: _ClassVar[int]
+    EARLIER_TURNS_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    lifetime_s: int
+    earlier_turns: _containers.RepeatedCompositeFieldContainer[Turn]
+    def __init__(self, text: _Optional[str] = ..., lifetime_s: _Optional[int] = ..., earlier_turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ...) -> None: ...
+
+class PublishContextResponse(_message.Message):
+    __slots__ = ("context_id", "context_tokens", "cache_bytes", "prefill_s", "lifetime_s")
+    CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    LIFETIME_S_FIELD_NUMBER: _ClassVar[int]
+    context_id: str
+    context_tokens: int
+    cache_bytes: int
+    prefill_s: float
+    lifetime_s: int
+    def __init__(self, context_id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., cache_bytes: _Optional[int] = ..., prefill_s: _Optional[float] = ..., lifetime_s: _Optional[int] = ...) -> None: ...
+
+class UnpublishContextRequest(_message.Message):
+    __slots__ = ("context_id",)
+    CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
+    context_id: str
+    def __init__(self, context_id: _Optional[str] = ...) -> None: ...
+
+class UnpublishContextResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FetchCacheRequest(_message.Message):
+    __slots__ = ("context_id", "question", "recipe", "budget_bytes", "deadline_s", "base_digest", "transfer_id", "next_sequence")
+    CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    context_id: str
+    question: str
+    recipe: str
+    budget_bytes: int
+    deadline_s: float
+    base_digest: bytes
+    transfer_id: bytes
+    next_sequence: int
+    def __init__(self, context_id: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., deadline_s: _Optional[float] = ..., base_digest: _Optional[bytes] = ..., transfer_id: _Optional[bytes] = ..., next_sequence: _Optional[int] = ...) -> None: ...
+
+class DeliverCacheRequest(_message.Message):
+    __slots__ = ("context_id", "text", "question", "recipe", "budget_bytes", "receiver", "answer_here")
+    CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECEIVER_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_HERE_FIELD_NUMBER: _ClassVar[int]
+    context_id: str
+    text: str
+    question: str
+    recipe: str
+    budget_bytes: int
+    receiver: str
+    answer_here: bool
+    def __init__(self, context_id: _Optional[str] = ..., text: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., receiver: _Optional[str] = ..., answer_here: bool = ...) -> None: ...
+
+class DeliverCacheResponse(_message.Message):
+    __slots__ = ("sent_bytes", "total_bytes", "done", "cache_id", "receipt", "sender_answer")
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_ID_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    SENDER_ANSWER_FIELD_NUMBER: _ClassVar[int]
+    sent_bytes: int
+    total_bytes: int
+    done: bool
+    cache_id: str
+    receipt: _common_pb2.Receipt
+    sender_answer: str
+    def __init__(self, sent_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., done: bool = ..., cache_id: _Optional[str] = ..., receipt: _Optional[_Union[_common_pb2.Receipt, _Mapping]] = ..., sender_answer: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,247 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODE_UNSPECIFIED: _ClassVar[Mode]
+    MODE_KV: _ClassVar[Mode]
+    MODE_TEXT: _ClassVar[Mode]
+    MODE_SCOUT: _ClassVar[Mode]
+    MODE_HYBRID: _ClassVar[Mode]
+
+class SegmentKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SEGMENT_KIND_UNSPECIFIED: _ClassVar[SegmentKind]
+    SEGMENT_KIND_POSITIONS: _ClassVar[SegmentKind]
+    SEGMENT_KIND_TEXT: _ClassVar[SegmentKind]
+    SEGMENT_KIND_REFINEMENT: _ClassVar[SegmentKind]
+
+class Coder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CODER_UNSPECIFIED: _ClassVar[Coder]
+    CODER_IDENTITY: _ClassVar[Coder]
+    CODER_ZSTD: _ClassVar[Coder]
+MODE_UNSPECIFIED: Mode
+MODE_KV: Mode
+MODE_TEXT: Mode
+MODE_SCOUT: Mode
+MODE_HYBRID: Mode
+SEGMENT_KIND_UNSPECIFIED: SegmentKind
+SEGMENT_KIND_POSITIONS: SegmentKind
+SEGMENT_KIND_TEXT: SegmentKind
+SEGMENT_KIND_REFINEMENT: SegmentKind
+CODER_UNSPECIFIED: Coder
+CODER_IDENTITY: Coder
+CODER_ZSTD: Coder
+
+class Frame(_message.Message):
+    __slots__ = ("sequence", "manifest", "segment_header", "segment_end", "end", "chunk")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_HEADER_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_END_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    manifest: Manifest
+    segment_header: SegmentHeader
+    segment_end: SegmentEnd
+    end: End
+    chunk: Chunk
+    def __init__(self, sequence: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., segment_header: _Optional[_Union[SegmentHeader, _Mapping]] = ..., segment_end: _Optional[_Union[SegmentEnd, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
+
+class Manifest(_message.Message):
+    __slots__ = ("protocol_version", "transfer_id", "mode", "fingerprint", "shape", "recipe", "prompt", "context_digest", "text_bytes")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TEXT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    transfer_id: bytes
+    mode: Mode
+    fingerprint: Fingerprint
+    shape: CacheShape
+    recipe: Recipe
+    prompt: Prompt
+    context_digest: bytes
+    text_bytes: int
+    def __init__(self, protocol_version: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., mode: _Optional[_Union[Mode, str]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., shape: _Optional[_Union[CacheShape, _Mapping]] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., context_digest: _Optional[bytes] = ..., text_bytes: _Optional[int] = ...) -> None: ...
+
+class Fingerprint(_message.Message):
+    __slots__ = ("weights", "architecture", "rotary", "tokenizer", "template")
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    ROTARY_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    weights: bytes
+    architecture: bytes
+    rotary: bytes
+    tokenizer: bytes
+    template: bytes
+    def __init__(self, weights: _Optional[bytes] = ..., architecture: _Optional[bytes] = ..., rotary: _Optional[bytes] = ..., tokenizer: _Optional[bytes] = ..., template: _Optional[bytes] = ...) -> None: ...
+
+class CacheShape(_message.Message):
+    __slots__ = ("layers", "kv_heads", "tokens", "head_size", "dtype", "whole_layers")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    layers: int
+    kv_heads: int
+    tokens: int
+    head_size: int
+    dtype: str
+    whole_layers: _containers.RepeatedCompositeFieldContainer[WholeLayer]
+    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., tokens: _Optional[int] = ..., head_size: _Optional[int] = ..., dtype: _Optional[str] = ..., whole_layers: _Optional[_Iterable[_Union[WholeLayer, _Mapping]]] = ...) -> None: ...
+
+class WholeLayer(_message.Message):
+    __slots__ = ("layer", "held_tokens")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    held_tokens: int
+    def __init__(self, layer: _Optional[int] = ..., held_tokens: _Optional[int] = ...) -> None: ...
+
+class Amount(_message.Message):
+    __slots__ = ("value", "unit")
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    value: float
+    unit: str
+    def __init__(self, value: _Optional[float] = ..., unit: _Optional[str] = ...) -> None: ...
+
+class Selection(_message.Message):
+    __slots__ = ("method", "amount", "scope", "when", "sinks", "recent", "pool", "window", "seed")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    AMOUNT_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    WHEN_FIELD_NUMBER: _ClassVar[int]
+    SINKS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    amount: Amount
+    scope: str
+    when: str
+    sinks: int
+    recent: int
+    pool: int
+    window: int
+    seed: int
+    def __init__(self, method: _Optional[str] = ..., amount: _Optional[_Union[Amount, _Mapping]] = ..., scope: _Optional[str] = ..., when: _Optional[str] = ..., sinks: _Optional[int] = ..., recent: _Optional[int] = ..., pool: _Optional[int] = ..., window: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class Quantizer(_message.Message):
+    __slots__ = ("bits", "axis", "group", "symmetric", "lossless")
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    AXIS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    SYMMETRIC_FIELD_NUMBER: _ClassVar[int]
+    LOSSLESS_FIELD_NUMBER: _ClassVar[int]
+    bits: int
+    axis: str
+    group: int
+    symmetric: bool
+    lossless: bool
+    def __init__(self, bits: _Optional[int] = ..., axis: _Optional[str] = ..., group: _Optional[int] = ..., symmetric: bool = ..., lossless: bool = ...) -> None: ...
+
+class LayerOverride(_message.Message):
+    __slots__ = ("layer", "keys", "values")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    keys: Quantizer
+    values: Quantizer
+    def __init__(self, layer: _Optional[int] = ..., keys: _Optional[_Union[Quantizer, _Mapping]] = ..., values: _Optional[_Union[Quantizer, _Mapping]] = ...) -> None: ...
+
+class Recipe(_message.Message):
+    __slots__ = ("mode", "selection", "keys", "values", "rank", "coder", "overrides")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    SELECTION_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    CODER_FIELD_NUMBER: _ClassVar[int]
+    OVERRIDES_FIELD_NUMBER: _ClassVar[int]
+    mode: str
+    selection: Selection
+    keys: Quantizer
+    values: Quantizer
+    rank: int
+    coder: str
+    overrides: _containers.RepeatedCompositeFieldContainer[LayerOverride]
+    def __init__(self, mode: _Optional[str] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., keys: _Optional[_Union[Quantizer, _Mapping]] = ..., values: _Optional[_Union[Quantizer, _Mapping]] = ..., rank: _Optional[int] = ..., coder: _Optional[str] = ..., overrides: _Optional[_Iterable[_Union[LayerOverride, _Mapping]]] = ...) -> None: ...
+
+class Prompt(_message.Message):
+    __slots__ = ("template_id", "before", "after")
+    TEMPLATE_ID_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    template_id: str
+    before: bytes
+    after: bytes
+    def __init__(self, template_id: _Optional[str] = ..., before: _Optional[bytes] = ..., after: _Optional[bytes] = ...) -> None: ...
+
+class Part(_message.Message):
+    __slots__ = ("coder", "coded_bytes")
+    CODER_FIELD_NUMBER: _ClassVar[int]
+    CODED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    coder: Coder
+    coded_bytes: int
+    def __init__(self, coder: _Optional[_Union[Coder, str]] = ..., coded_bytes: _Optional[int] = ...) -> None: ...
+
+class SegmentHeader(_message.Message):
+    __slots__ = ("index", "kind", "kept", "map_sets", "parts", "scale_bytes")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    MAP_SETS_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    SCALE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    kind: SegmentKind
+    kept: int
+    map_sets: int
+    parts: _containers.RepeatedCompositeFieldContainer[Part]
+    scale_bytes: bytes
+    def __init__(self, index: _Optional[int] = ..., kind: _Optional[_Union[SegmentKind, str]] = ..., kept: _Optional[int] = ..., map_sets: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., scale_bytes: _Optional[bytes] = ...) -> None: ...
+
+class Chunk(_message.Message):
+    __slots__ = ("offset", "crc32c", "data")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    crc32c: int
+    data: bytes
+    def __init__(self, offset: _Optional[int] = ..., crc32c: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class SegmentEnd(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    def __init__(self, digest: _Optional[bytes] = ...) -> None: ...
+
+class End(_message.Message):
+    __slots__ = ("digest", "segments")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    segments: int
+    def __init__(self, digest: _Optional[bytes] = ..., segments: _Optional[int] = ...) -> None: ...

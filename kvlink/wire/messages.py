@@ -1,0 +1,182 @@
+"""Protobuf messages and Python values, pair by pair, checked at the border.
+
+Purpose: the rest of the package never sees a generated class of `wire.proto`. Reading checks
+every field and raises RemoteProtocolError naming it.
+
+Does not know: sessions, sockets, tensors. Place on the path: just inside the wire.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+from kvlink.errors import KvlinkError, RecipeError, RemoteProtocolError
+from kvlink.payload import CacheShape, Fingerprint, Prompt
+from kvlink.recipe import Amount, LayerOverride, Mode, Quantizer, Recipe, Selection
+from kvlink.v1 import wire_pb2 as pb
+
+PROTOCOL_VERSION = 1
+DIGEST_BYTES = 16
+TRANSFER_ID_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The first frame's content. `text_bytes`: UTF-8 size of the text in text mode."""
+
+    transfer_id: bytes
+    fingerprint: Fingerprint
+    shape: CacheShape
+    recipe: Recipe
+    prompt: Prompt
+    context_digest: bytes
+    text_bytes: int = 0
+    protocol_version: int = PROTOCOL_VERSION
+
+    @property
+    def mode(self) -> Mode:
+        return self.recipe.mode
+
+
+_MODES: dict[Mode, pb.Mode] = {"kv": pb.MODE_KV, "text": pb.MODE_TEXT}
+
+
+def fingerprint_to_proto(value: Fingerprint) -> pb.Fingerprint:
+    return pb.Fingerprint(**{f.name: getattr(value, f.name) for f in fields(value)})
+
+
+def fingerprint_from_proto(message: pb.Fingerprint) -> Fingerprint:
+    parts = {f.name: bytes(getattr(message, f.name)) for f in fields(Fingerprint)}
+    for name, digest in parts.items():
+        if len(digest) != DIGEST_BYTES:
+            raise RemoteProtocolError(f"fingerprint.{name}: expected {DIGEST_BYTES} bytes, found {len(digest)}")
+    return Fingerprint(**parts)
+
+
+def recipe_to_proto(recipe: Recipe) -> pb.Recipe:
+    selection = recipe.selection
+    return pb.Recipe(
+        mode=recipe.mode,
+        selection=pb.Selection(
+            amount=pb.Amount(value=selection.amount.value, unit=selection.amount.unit),
+            **{n: getattr(selection, n) for n in _SELECTION_FIELDS},
+        ),
+        keys=_quantizer_to_proto(recipe.keys),
+        values=_quantizer_to_proto(recipe.values),
+        rank=recipe.rank,
+        coder=recipe.coder,
+        overrides=[
+            pb.LayerOverride(layer=o.layer, keys=_quantizer_to_proto(o.keys), values=_quantizer_to_proto(o.values))
+            for o in recipe.overrides
+        ],
+    )
+
+
+_SELECTION_FIELDS = ("method", "scope", "when", "sinks", "recent", "pool", "window", "seed")
+_QUANTIZER_FIELDS = ("bits", "axis", "group", "symmetric", "lossless")
+
+
+def _quantizer_to_proto(value: Quantizer) -> pb.Quantizer:
+    return pb.Quantizer(**{n: getattr(value, n) for n in _QUANTIZER_FIELDS})
+
+
+def _quantizer_from_proto(message: pb.Quantizer) -> Quantizer:
+    return Quantizer(**{n: getattr(message, n) for n in _QUANTIZER_FIELDS})
+
+
+def recipe_from_proto(message: pb.Recipe) -> Recipe:
+    """Raises RecipeError where a value is out of range."""
+    chosen: dict[str, Any] = {n: getattr(message.selection, n) for n in _SELECTION_FIELDS}
+    amount = message.selection.amount
+    if amount.unit not in ("ratio", "count", "mass", "bytes"):
+        raise RecipeError(f"retention unit must be ratio, count, mass or bytes, got {amount.unit!r}")
+    return Recipe(
+        mode=cast(Mode, message.mode),
+        selection=Selection(amount=Amount(amount.value, cast(Any, amount.unit)), **chosen),
+        keys=_quantizer_from_proto(message.keys),
+        values=_quantizer_from_proto(message.values),
+        rank=message.rank,
+        coder=cast(Any, message.coder),
+        overrides=tuple(
+            LayerOverride(o.layer, _quantizer_from_proto(o.keys), _quantizer_from_proto(o.values))
+            for o in message.overrides
+        ),
+    )
+
+
+def shape_to_proto(shape: CacheShape) -> pb.CacheShape:
+    return pb.CacheShape(
+        layers=shape.layers,
+        kv_heads=shape.kv_heads,
+        tokens=shape.tokens,
+        head_size=shape.head_size,
+        dtype=shape.dtype,
+        whole_layers=[pb.WholeLayer(layer=i, held_tokens=n) for i, n in shape.whole_layers],
+    )
+
+
+def shape_from_proto(message: pb.CacheShape) -> CacheShape:
+    for name in ("layers", "kv_heads", "tokens", "head_size"):
+        value = getattr(message, name)
+        if not 1 <= value <= 2**24:
+            raise RemoteProtocolError(f"shape.{name} must be from 1 to {2**24}, found {value}")
+    if message.dtype not in ("bfloat16", "float16", "float32"):
+        raise RemoteProtocolError(f"shape.dtype must be bfloat16, float16 or float32, found {message.dtype!r}")
+    whole = tuple((w.layer, w.held_tokens) for w in message.whole_layers)
+    layers = [layer for layer, _ in whole]
+    if layers != sorted(set(layers)) or any(layer >= message.layers for layer in layers):
+        raise RemoteProtocolError(f"shape.whole_layers must name layers in order and once, found {layers[:8]}")
+    if any(not 1 <= held <= message.tokens for _, held in whole):
+        raise RemoteProtocolError("shape.whole_layers: held tokens must be from 1 to shape.tokens")
+    return CacheShape(
+        message.layers, message.kv_heads, message.tokens, message.head_size, message.dtype, whole
+    )
+
+
+def manifest_to_proto(value: Manifest) -> pb.Manifest:
+    return pb.Manifest(
+        protocol_version=value.protocol_version,
+        transfer_id=value.transfer_id,
+        mode=_MODES[value.mode],
+        fingerprint=fingerprint_to_proto(value.fingerprint),
+        shape=shape_to_proto(value.shape),
+        recipe=recipe_to_proto(value.recipe),
+        prompt=pb.Prompt(
+            template_id=value.prompt.template_id, before=value.prompt.before, after=value.prompt.after
+        ),
+        context_digest=value.context_digest,
+        text_bytes=value.text_bytes,
+    )
+
+
+def manifest_from_proto(message: pb.Manifest) -> Manifest:
+    """Raises RemoteProtocolError where a field is missing or out of range."""
+    if message.protocol_version != PROTOCOL_VERSION:
+        raise RemoteProtocolError(
+            f"protocol version: expected {PROTOCOL_VERSION}, found {message.protocol_version}"
+        )
+    if len(message.transfer_id) != TRANSFER_ID_BYTES:
+        raise RemoteProtocolError(
+            f"transfer id: expected {TRANSFER_ID_BYTES} bytes, found {len(message.transfer_id)}"
+        )
+    if len(message.context_digest) != DIGEST_BYTES:
+        raise RemoteProtocolError(
+            f"context digest: expected {DIGEST_BYTES} bytes, found {len(message.context_digest)}"
+        )
+    try:
+        recipe = recipe_from_proto(message.recipe)
+    except KvlinkError as error:
+        raise RemoteProtocolError(f"manifest.recipe: {error}") from error
+    if message.mode != _MODES[recipe.mode]:
+        raise RemoteProtocolError(f"mode {message.mode} does not fit the recipe's {recipe.mode!r}")
+    return Manifest(
+        transfer_id=message.transfer_id,
+        fingerprint=fingerprint_from_proto(message.fingerprint),
+        shape=shape_from_proto(message.shape),
+        recipe=recipe,
+        prompt=Prompt(message.prompt.template_id, message.prompt.before, message.prompt.after),
+        context_digest=message.context_digest,
+        text_bytes=message.text_bytes,
+        protocol_version=message.protocol_version,
+    )
