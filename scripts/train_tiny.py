@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=3072)
     parser.add_argument("--muon-lr", type=float, default=4e-3)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
-    parser.add_argument("--facts", type=float, nargs=2, default=(3.0, 44.0), help="facts at first, at last")
+    parser.add_argument("--facts", type=float, nargs=2, default=(6.0, 44.0), help="facts at first, at last")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--find-heads", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--attention-until", type=float, default=0.6, help="share of steps")
@@ -302,7 +302,7 @@ def main() -> None:
     _load_tokenizer(tokenizer.to_str())
     config = Qwen2Config(
         vocab_size=args.vocab, tie_word_embeddings=True, pad_token_id=PAD_ID, eos_token_id=EOS_ID,
-        bos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         **{**CONFIG, **args.set},
     )  # fmt: skip
     model = Qwen2ForCausalLM(config).to(args.device)
@@ -340,7 +340,7 @@ def main() -> None:
         trainer.step(warm * max(rate, 0.02))
         right = (logits.argmax(-1) == target[answers]).float().mean().item()
         accuracy += 0.05 * (right - accuracy)
-        if accuracy > 0.9 and facts < args.facts[1]:
+        if accuracy > 0.88 and facts < args.facts[1]:
             facts, accuracy = min(args.facts[1], facts * 1.15), accuracy - 0.02
         log["loss"] += answer_loss.item()
         content = target[answers] != EOS_ID

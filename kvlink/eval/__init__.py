@@ -1,0 +1,1 @@
+"""Measuring: questions, scores, and tables of what transfers cost and keep."""

@@ -59,6 +59,15 @@ def is_loopback(address: str) -> bool:
         return False
 
 
+def check_listen(address: str, insecure: bool) -> None:
+    """Raise AccessError for an address off loopback unless told `insecure` in so many words."""
+    if not insecure and not is_loopback(address):
+        raise AccessError(
+            f"refusing to listen on {address}: traffic off loopback is not encrypted in this release and a KV "
+            "cache reveals the text it was made from; say --insecure if the network is yours alone"
+        )
+
+
 async def _refuse(context: Any, error: Exception) -> None:
     """End a call with the error's status; what is not ours is logged and told as internal."""
     if not isinstance(error, KvlinkError):
@@ -223,11 +232,7 @@ class Server:
         sender: SenderHandler | None = None,
         insecure: bool = False,
     ) -> None:
-        if not insecure and not is_loopback(address):
-            raise AccessError(
-                f"refusing to listen on {address}: traffic off loopback is not encrypted in this release and a KV "
-                "cache reveals the text it was made from; say --insecure if the network is yours alone"
-            )
+        check_listen(address, insecure)
         self._address = address
         self._server = grpc.aio.server(options=_OPTIONS)
         self._health = health.aio.HealthServicer()
