@@ -256,7 +256,7 @@ class Recipe:
             selection = Selection(**chosen)
         except TypeError as error:  # pragma: no cover - the table below names only real fields
             raise RecipeError(str(error)) from error
-        if selection.method == "all" and len(chosen) > 1:
+        if selection.method == "all" and set(chosen) - {"method"}:
             raise RecipeError(f"selection options without a selection in {text!r}")
         return cls(selection=selection, **found)
 
