@@ -334,7 +334,7 @@ def _override_text(override: LayerOverride) -> str:
 
 
 def _whole(name: str, text: str) -> int:
-    if not re.fullmatch(r"\d{1,9}", text):
+    if not re.fullmatch(r"\d{1,10}", text):
         raise RecipeError(f"{name} must be a whole number, got {text!r}")
     return int(text)
 

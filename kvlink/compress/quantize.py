@@ -15,7 +15,8 @@ Exact on the wire (little-endian):
     1 bit        x ≈ mean ± magnitude                  (symmetric: mean 0); both in `scales`
 
 Stored scales are rounded up and minima down, so that the codes cover the group and the error
-is at most half a stored step. Arithmetic is float32 whatever the cache dtype. Numbers that are
+is at most half a stored step. Arithmetic is float32 whatever the cache dtype, float64 where
+scales are float32. Numbers that are
 not finite are refused: a group with one would lose all the others.
 
 Does not know: which tensor this is, the coder, the wire. Place on the path: between select and
@@ -83,7 +84,7 @@ def quantize(tensor: Tensor, quantizer: Quantizer, scale_bytes: int = 2) -> tupl
     stored = [torch.cat([p[i] for p in parameters], -1) for i in range(len(parameters[0]))]
     scale_bytes = max(scale_bytes, _scale_bytes(stored[0], stored[-1]))
     stored = _store(stored, quantizer, scale_bytes)
-    codes = _apply(lines, stored, quantizer, _encode_block).to(torch.uint8)
+    codes = _apply(_wide(lines, scale_bytes), stored, quantizer, _encode_block).to(torch.uint8)
     codes = codes if quantizer.axis == "token" else codes.transpose(1, 2)
     dtype = "<f2" if scale_bytes == 2 else "<f4"
     scales = b"".join(part.numpy().astype(dtype).tobytes() for part in stored)
@@ -113,8 +114,16 @@ def dequantize(
     if not np.isfinite(numbers).all():
         raise CodecError("a scale is not finite")
     stored = list(torch.from_numpy(numbers).reshape(parts, heads, lines.shape[1], groups))
-    out = _apply(lines, stored, quantizer, _decode_block)
+    out = _apply(_wide(lines, scale_bytes), stored, quantizer, _decode_block)
+    if scale_bytes == 4:
+        largest = torch.finfo(torch.float32).max
+        out = out.clamp_(-largest, largest).float()
     return out if quantizer.axis == "token" else out.transpose(1, 2).contiguous()
+
+
+def _wide(lines: Tensor, scale_bytes: int) -> Tensor:
+    """float64 where scales are float32: differences of huge numbers would leave float32."""
+    return lines.double() if scale_bytes == 4 else lines
 
 
 def _blocks(lines: Tensor, group: int) -> list[Tensor]:

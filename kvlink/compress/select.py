@@ -57,7 +57,7 @@ def mass_count(scores: Tensor, share: float, always: Tensor) -> int:
     forced = int(always.sum())
     open_mass = ordered[:, forced:].double()
     total = open_mass.sum(-1, keepdim=True)
-    held = (open_mass.cumsum(-1) < share * total - 1e-12).sum(-1)
+    held = (open_mass.cumsum(-1) < share * total * (1 - 1e-6)).sum(-1)
     needed = torch.where(total[:, 0] > 0, held + 1, torch.zeros_like(held))
     return min(scores.shape[1], forced + int(needed.max()))
 
