@@ -20,7 +20,7 @@ from kvlink.receipt import Capabilities
 from kvlink.transport import convert
 from kvlink.transport.api import Ask, Delivery, Piece, Progress, Published, PushStatus
 from kvlink.transport.server import MAX_MESSAGE_BYTES, split_address
-from kvlink.transport.sockets import SocketCount, count_peer
+from kvlink.transport.sockets import SocketCount, connections
 from kvlink.transport.status import from_rpc_error
 from kvlink.v1 import common_pb2, receiver_pb2, receiver_pb2_grpc, sender_pb2, sender_pb2_grpc
 
@@ -52,14 +52,18 @@ class _Client:
         split_address(address)
         self.address = address
         self._channel: Any = None
+        self._local_port = 0
 
     async def __aenter__(self) -> Self:
+        before = connections(*split_address(self.address))
         self._channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
         try:
             await asyncio.wait_for(self._channel.channel_ready(), CONNECT_S)
         except (TimeoutError, grpc.RpcError) as error:
             await self._channel.close()
             raise PeerUnavailableError(f"{self.address}: no agent answers within {CONNECT_S:g} s") from error
+        new = set(connections(*split_address(self.address))) - set(before)
+        self._local_port = new.pop() if len(new) == 1 else 0
         return self
 
     async def __aexit__(
@@ -68,8 +72,8 @@ class _Client:
         await self._channel.close()
 
     def socket_count(self) -> SocketCount | None:
-        """What the kernel counted on this process's connections to the agent."""
-        return count_peer(*split_address(self.address))
+        """What the kernel counted on this client's connection; None where it cannot be told."""
+        return connections(*split_address(self.address)).get(self._local_port)
 
     async def health(self) -> str:
         """SERVING, NOT_SERVING or UNKNOWN."""

@@ -20,52 +20,49 @@ _BYTES_ACKED, _BYTES_RECEIVED, _TOTAL_RETRANS, _NEEDED = 120, 128, 100, 136
 
 @dataclass(frozen=True, slots=True)
 class SocketCount:
-    """Sums over the connections of this process to one peer."""
+    """Counters of one TCP connection since it was opened."""
 
     bytes_acked: int
     bytes_received: int
     retransmitted_segments: int
-    connections: int
 
 
-def count_peer(host: str, port: int) -> SocketCount | None:
-    """Counters of this process's TCP connections to `host:port`; None where they cannot be read."""
+def connections(host: str, port: int) -> dict[int, SocketCount]:
+    """This process's TCP connections to `host:port`, by local port; empty where none can be read."""
     if not sys.platform.startswith("linux"):
-        return None
+        return {}
     try:
         addresses = {item[4][0] for item in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
         descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
     except (OSError, ValueError):
-        return None
-    found = [info for fd in descriptors if (info := _info(fd, addresses, port))]
-    if not found:
-        return None
-    return SocketCount(
-        sum(i[0] for i in found), sum(i[1] for i in found), sum(i[2] for i in found), len(found)
-    )
+        return {}
+    return dict(found for fd in descriptors if (found := _read(fd, addresses, port)))
 
 
-def _info(descriptor: int, addresses: set[str], port: int) -> tuple[int, int, int] | None:
+def _read(descriptor: int, addresses: set[str], port: int) -> tuple[int, SocketCount] | None:
+    """Local port and counters behind a descriptor, if it is a connection to one of `addresses`."""
     try:
         duplicate = os.dup(descriptor)
     except OSError:
         return None
     try:
-        with socket.socket(fileno=duplicate) as sock:
+        sock = socket.socket(fileno=duplicate)
+    except OSError:  # no socket
+        os.close(duplicate)
+        return None
+    with sock:
+        try:
             if sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6):
                 return None
             peer = sock.getpeername()
             if peer[0].removeprefix("::ffff:") not in addresses or peer[1] != port:
                 return None
             raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    except OSError:
-        try:
-            os.close(duplicate)
-        except OSError:
-            pass
-        return None
+            local_port = sock.getsockname()[1]
+        except OSError:  # not connected, or closed meanwhile
+            return None
     if len(raw) < _NEEDED:
         return None
     acked, received = struct.unpack_from("<QQ", raw, _BYTES_ACKED)
     (retransmitted,) = struct.unpack_from("<I", raw, _TOTAL_RETRANS)
-    return acked, received, retransmitted
+    return local_port, SocketCount(acked, received, retransmitted)
