@@ -153,7 +153,12 @@ def quantized_sizes(
 
 
 def plain_sizes(
-    recipe: Recipe, shape: CacheShape, layer: int, side: Literal["keys", "values"], kept: int, scale_bytes: int
+    recipe: Recipe,
+    shape: CacheShape,
+    layer: int,
+    side: Literal["keys", "values"],
+    kept: int,
+    scale_bytes: int,
 ) -> list[tuple[PartKind, int]]:
     """Kinds and plain bytes of the parts of one coded tensor, in their order on the wire.
 

@@ -32,10 +32,13 @@ def break_even(cache_bytes: int, text_bytes: int, read_s: float, decode_s: float
         raise ConfigError("bytes and seconds must not be negative")
     saved_s = read_s - decode_s
     if saved_s <= 0:
-        return BreakEven(None, f"reading the text takes {read_s * 1e3:.1f} ms, no longer than decoding the cache")
+        return BreakEven(
+            None, f"reading the text takes {read_s * 1e3:.1f} ms, no longer than decoding the cache"
+        )
     if cache_bytes <= text_bytes:
         return BreakEven(0.0, "the cache is no larger than the text")
     rate = 8 * (cache_bytes - text_bytes) / saved_s
     return BreakEven(
-        rate, f"{cache_bytes - text_bytes} bytes more than the text against {saved_s * 1e3:.1f} ms of reading saved"
+        rate,
+        f"{cache_bytes - text_bytes} bytes more than the text against {saved_s * 1e3:.1f} ms of reading saved",
     )

@@ -56,7 +56,9 @@ class Amount:
         if self.unit in ("ratio", "mass") and not 0 < number <= 1:
             raise RecipeError(f"retention as a {self.unit} must be above 0 and at most 1, got {number:g}")
         if self.unit in ("count", "bytes") and (number < 1 or number != int(number)):
-            raise RecipeError(f"retention as {self.unit} must be a whole number of at least 1, got {number:g}")
+            raise RecipeError(
+                f"retention as {self.unit} must be a whole number of at least 1, got {number:g}"
+            )
 
     def __str__(self) -> str:
         if self.unit == "count":
@@ -70,9 +72,7 @@ class Amount:
         """Read `0.25`, `128tok`, `mass:0.9`, `200kB`, `1.5MB`, `900B`. Raises RecipeError."""
         match = re.fullmatch(r"(mass:)?([0-9.eE+-]+)(tok|B|kB|MB)?", text)
         if not match or (match[1] and match[3]):
-            raise RecipeError(
-                f"retention must look like 0.25, 128tok, mass:0.9 or 200kB, got {text!r}"
-            )
+            raise RecipeError(f"retention must look like 0.25, 128tok, mass:0.9 or 200kB, got {text!r}")
         try:
             number = float(match[2])
         except ValueError:

@@ -49,7 +49,9 @@ def print_receipt(console: Console, receipt: Receipt) -> None:
         table.add_row(*left, *right)
     console.print(table)
     kept = f"{receipt.kept_tokens} of {receipt.context_tokens} tokens" if receipt.kept_tokens else "text"
-    console.print(f"{kept}, {receipt.bits_per_element:.2f} bits per element, recipe {receipt.recipe}", highlight=False)
+    console.print(
+        f"{kept}, {receipt.bits_per_element:.2f} bits per element, recipe {receipt.recipe}", highlight=False
+    )
 
 
 def print_demo(console: Console, report: dict[str, Any]) -> None:
@@ -80,7 +82,11 @@ def print_demo(console: Console, report: dict[str, Any]) -> None:
         console.print(f"F1 on {source} (n = {figures['n']}): {shown}", highlight=False)
     for example in report["examples"]:
         console.print(f"\nQ {example['question']}", markup=False, highlight=False)
-        console.print(f"  gold {example['gold']!r}, the sender itself {example['own_answer']!r}", markup=False, highlight=False)
+        console.print(
+            f"  gold {example['gold']!r}, the sender itself {example['own_answer']!r}",
+            markup=False,
+            highlight=False,
+        )
         told = ", ".join(f"{recipe}: {answer!r}" for recipe, answer in example["answers"].items())
         console.print(f"  {told}", markup=False, highlight=False)
     for failure in report["failures"]:

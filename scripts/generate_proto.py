@@ -24,7 +24,9 @@ def main(out: Path) -> None:
     services = [path for path in protos if path.endswith(("receiver.proto", "sender.proto"))]
     if protoc.main(["protoc", f"-I{ROOT / 'proto'}", f"--grpc_python_out={out}", *services]) != 0:
         raise SystemExit("protoc failed")
-    (out / "kvlink" / "v1" / "__init__.py").write_text('"""Generated from proto/kvlink/v1; never edited."""\n')
+    (out / "kvlink" / "v1" / "__init__.py").write_text(
+        '"""Generated from proto/kvlink/v1; never edited."""\n'
+    )
 
 
 if __name__ == "__main__":

@@ -232,10 +232,15 @@ class Trainer:
         other = [n for n in self.named if n not in hidden]
         self.optimizers = [
             torch.optim.Muon(
-                [self.master[n] for n in hidden], lr=muon_lr, momentum=0.95, weight_decay=0.02,
+                [self.master[n] for n in hidden],
+                lr=muon_lr,
+                momentum=0.95,
+                weight_decay=0.02,
                 adjust_lr_fn="match_rms_adamw",
             ),
-            torch.optim.AdamW([self.master[n] for n in other], lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.AdamW(
+                [self.master[n] for n in other], lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0
+            ),
         ]
         self._lr = [muon_lr, adam_lr]
         model.to(torch.bfloat16)
@@ -277,7 +282,9 @@ def save(model: Qwen2ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
         model_max_length=CONFIG["max_position_embeddings"],
     ).save_pretrained(folder)
 
@@ -318,7 +325,9 @@ def main() -> None:
         facts = args.facts[0] + (args.facts[1] - args.facts[0]) * min(1.0, progress / 0.5)
         novel_share = 0.0 if step < 0.1 * args.steps else 0.2
         batch = make_batch(f"{args.seed}/{step}", args.tokens, facts, novel_share, 0.3).to(args.device)
-        hidden = model.model(batch.ids, position_ids=batch.positions, use_cache=False).last_hidden_state[:, :-1]
+        hidden = model.model(batch.ids, position_ids=batch.positions, use_cache=False).last_hidden_state[
+            :, :-1
+        ]
         target, answers = batch.ids[:, 1:], batch.labels[:, 1:] >= 0
         logits = model.lm_head(hidden[answers]).float()
         loss = answer_loss = F.cross_entropy(logits, target[answers])
@@ -332,7 +341,9 @@ def main() -> None:
             first[:, 3], last[:, 2] = first[:, 2] + 1, last[:, 3] - 1
             bind = attention_loss(BIND_LAYER, 0, first, batch.positions)
             bind = (bind + attention_loss(BIND_LAYER, 1, last, batch.positions)) / 2
-            find = sum(attention_loss(FIND_LAYER, head, batch.find, batch.positions) for head in args.find_heads) / len(args.find_heads)
+            find = sum(
+                attention_loss(FIND_LAYER, head, batch.find, batch.positions) for head in args.find_heads
+            ) / len(args.find_heads)
             loss = loss + weight * (bind + find)
             log["bind"] += bind.item()
             log["find"] += find.item()

@@ -49,9 +49,18 @@ def recipes(draw):
     rank = draw(st.sampled_from([0, 0, 8]))
     kinds = quantizers(lossless=not rank)
     overrides = tuple(
-        LayerOverride(layer, draw(kinds), draw(kinds)) for layer in sorted(draw(st.sets(st.integers(0, 40), max_size=2)))
+        LayerOverride(layer, draw(kinds), draw(kinds))
+        for layer in sorted(draw(st.sets(st.integers(0, 40), max_size=2)))
     )
-    return Recipe("kv", selection, draw(kinds), draw(kinds), rank, draw(st.sampled_from(["identity", "zstd"])), overrides)
+    return Recipe(
+        "kv",
+        selection,
+        draw(kinds),
+        draw(kinds),
+        rank,
+        draw(st.sampled_from(["identity", "zstd"])),
+        overrides,
+    )
 
 
 @given(recipes())

@@ -106,7 +106,11 @@ class Intake:
         if isinstance(body, Part):
             cache, stage, kinds = self._read(manifest, body), "read", {"text": body.coded_bytes}
         else:
-            cache, stage, kinds = decode(body, manifest.shape, manifest.recipe), "decode", body.bytes_by_kind()
+            cache, stage, kinds = (
+                decode(body, manifest.shape, manifest.recipe),
+                "decode",
+                body.bytes_by_kind(),
+            )
         return Held(
             cache,
             Receipt(

@@ -184,12 +184,19 @@ class Sender:
             scaled = int(guess * budget / size)
             guess = min(high - 1, max(low + 1, scaled if low < scaled < high else (low + high) // 2))
         if best is None:
-            raise LimitError(f"no cache fits {budget} bytes: the smallest transfer takes {size}; send the text instead")
+            raise LimitError(
+                f"no cache fits {budget} bytes: the smallest transfer takes {size}; send the text instead"
+            )
         clock.lap("encode")
         return Transfer(best.manifest, best.frames, best.receipt.with_stages(**clock.stage_s), draft)
 
     def _frame(
-        self, context: Context, recipe: Recipe, body: EncodedSegment | Part, clock: _Clock, draft: Answer | None
+        self,
+        context: Context,
+        recipe: Recipe,
+        body: EncodedSegment | Part,
+        clock: _Clock,
+        draft: Answer | None,
     ) -> Transfer:
         manifest = Manifest(
             transfer_id=secrets.token_bytes(TRANSFER_ID_BYTES),
@@ -229,7 +236,9 @@ def _with_budget(recipe: Recipe, budget_bytes: int) -> Recipe:
     if not budget_bytes:
         return recipe
     if recipe.mode == "text" or recipe.selection.method == "all":
-        raise RecipeError(f"a budget needs a recipe that selects positions, such as q2c@1.0 int4, got {recipe}")
+        raise RecipeError(
+            f"a budget needs a recipe that selects positions, such as q2c@1.0 int4, got {recipe}"
+        )
     return recipe.with_amount(Amount(budget_bytes, "bytes"))
 
 

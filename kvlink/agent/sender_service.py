@@ -73,7 +73,13 @@ class SenderService:
         self.store.delete(context_id)
 
     async def fetch_cache(
-        self, context_id: str, question: str, recipe: str, budget_bytes: int, transfer_id: bytes, next_sequence: int
+        self,
+        context_id: str,
+        question: str,
+        recipe: str,
+        budget_bytes: int,
+        transfer_id: bytes,
+        next_sequence: int,
     ) -> AsyncIterator[bytes]:
         """Frames of a published context, reduced for the caller's question."""
         if transfer_id or next_sequence:

@@ -116,7 +116,9 @@ def _decode_map(segment: EncodedSegment, shape: CacheShape) -> dict[int, Tensor]
         raise CodecError(f"selection map names a position at or beyond {tokens}")
     counts = bits.sum(1)
     if (counts != segment.kept).any():
-        raise CodecError(f"selection map: expected {segment.kept} positions a set, found {counts.tolist()[:4]}")
+        raise CodecError(
+            f"selection map: expected {segment.kept} positions a set, found {counts.tolist()[:4]}"
+        )
     sets = torch.from_numpy(np.nonzero(bits)[1].reshape(segment.map_sets, segment.kept))
     if segment.map_sets == 1:
         return {index: sets.expand(heads, -1) for index in full}

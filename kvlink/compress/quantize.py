@@ -138,9 +138,7 @@ def _blocks(lines: Tensor, group: int) -> list[Tensor]:
     return blocks
 
 
-def _apply(
-    lines: Tensor, stored: list[Tensor], quantizer: Quantizer, step: Callable[..., Tensor]
-) -> Tensor:
+def _apply(lines: Tensor, stored: list[Tensor], quantizer: Quantizer, step: Callable[..., Tensor]) -> Tensor:
     """Run `step` on each block with its parameters and put the blocks together again."""
     out, at = [], 0
     for block in _blocks(lines, quantizer.group):
@@ -190,7 +188,9 @@ def _rounded(x: Tensor, scale_bytes: int, direction: int) -> Tensor:
     stored = x.to(torch.float16)
     if direction:
         short = (stored.float() - x) * direction < 0
-        stored = torch.where(short, torch.nextafter(stored, torch.full_like(stored, direction * torch.inf)), stored)
+        stored = torch.where(
+            short, torch.nextafter(stored, torch.full_like(stored, direction * torch.inf)), stored
+        )
     return stored.float()
 
 

@@ -122,7 +122,9 @@ async def _until_serving(kind: str, address: str, process: asyncio.subprocess.Pr
     while time.monotonic() < deadline:
         if process.returncode is not None:
             stderr = await process.stderr.read() if process.stderr else b""
-            raise PeerUnavailableError(f"the {kind} did not start: {stderr.decode(errors='replace').strip()[-800:]}")
+            raise PeerUnavailableError(
+                f"the {kind} did not start: {stderr.decode(errors='replace').strip()[-800:]}"
+            )
         try:
             _, writer = await asyncio.open_connection(*address.split(":"))
         except OSError:
@@ -228,12 +230,14 @@ def _sum_up(items: Sequence[Item], model: str, seed: int, outcomes: dict[str, li
             )
     for index in [*range(min(2, len(items))), len(items) - 1]:
         item = items[index]
-        report.examples.append({
-            "question": item.question,
-            "gold": item.answers[0],
-            "own_answer": next(iter(outcomes.values()))[index].own_answer,
-            "answers": {recipe: found[index].answer for recipe, found in outcomes.items()},
-        })
+        report.examples.append(
+            {
+                "question": item.question,
+                "gold": item.answers[0],
+                "own_answer": next(iter(outcomes.values()))[index].own_answer,
+                "answers": {recipe: found[index].answer for recipe, found in outcomes.items()},
+            }
+        )
     return report
 
 
@@ -253,5 +257,3 @@ def _row(recipe: str, found: Sequence[Outcome]) -> Row:
         ttft_s=statistics.median(o.ttft_s for o in found),
         context_tokens=mean(o.context_tokens for o in found),
     )
-
-

@@ -80,25 +80,19 @@ class _Lexicon:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "colour": tuple(
-        "red blue green yellow black white purple silver golden brown grey pink crimson".split()
-    ),
+    "colour": tuple("red blue green yellow black white purple silver golden brown grey pink crimson".split()),
     "job": tuple(
         "teacher surgeon pilot painter baker farmer lawyer chemist writer sailor judge nurse "
         "dentist singer miner historian carpenter journalist tailor".split()
     ),
     "animal": tuple("cat dog parrot horse rabbit turtle goat ferret falcon hamster donkey lizard".split()),
-    "instrument": tuple(
-        "violin piano flute drums guitar cello trumpet harp clarinet".split()
-    ),
+    "instrument": tuple("violin piano flute drums guitar cello trumpet harp clarinet".split()),
     "food": tuple("rice bread soup noodles cheese salmon curry pie salad dumplings pancakes olives".split()),
     "product": tuple(
         "clocks ships tractors lamps boots bicycles carpets engines bottles kites cameras bridges".split()
     ),
 }
-_MONTHS = (
-    "January February March April May June July August September October November December".split()
-)
+_MONTHS = "January February March April May June July August September October November December".split()
 _FIRM_TYPES = "Labs Works Systems Institute Group Energy Foods Press".split()
 
 _RELATIONS: tuple[_Relation, ...] = (

@@ -76,5 +76,3 @@ def _paragraph(paragraph: dict[str, Any]) -> Iterator[Item]:
         golds = tuple(dict.fromkeys(answer["text"] for answer in entry["answers"]))
         if golds and not entry.get("is_impossible", False):
             yield Item(paragraph["context"], entry["question"], golds, (), "squad")
-
-

@@ -28,11 +28,12 @@ from kvlink.model.template import Template
 from kvlink.payload import Fingerprint
 
 _ARCHITECTURE = (
-    "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size "
-    "intermediate_size hidden_act hidden_activation rms_norm_eps layer_norm_eps sliding_window layer_types "
-    "use_sliding_window max_window_layers attention_bias query_pre_attn_scalar attn_logit_softcapping "
-    "final_logit_softcapping use_parallel_residual tie_word_embeddings scale_attn_by_inverse_layer_idx"
-).split()
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "vocab_size", "intermediate_size", "hidden_act", "hidden_activation", "rms_norm_eps",
+    "layer_norm_eps", "sliding_window", "layer_types", "use_sliding_window", "max_window_layers",
+    "attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+    "use_parallel_residual", "tie_word_embeddings", "scale_attn_by_inverse_layer_idx",
+)  # fmt: skip
 _PROBES = ("The river bends twice.\n\n", " 12,345.67 – naïve façade 東京 🙂", "\tdef f(x):  return x", "")
 
 
@@ -80,7 +81,7 @@ def _hash_tensor(total: Any, name: str, tensor: torch.Tensor) -> None:
     head = f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{list(tensor.shape)}|"
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     total.update(head.encode())
-    total.update(blake3(memoryview(data), max_threads=blake3.AUTO).digest())
+    total.update(blake3(data, max_threads=blake3.AUTO).digest())
 
 
 def _weights_of_state(state: dict[str, torch.Tensor]) -> bytes:

@@ -73,7 +73,9 @@ def generate(
         text = "" if token in stops else lm.tokenizer.decode(tokens, skip_special_tokens=True)
         stop = token in stops or any(mark in text.lstrip() for mark in lm.template.stops)
         if stop:
-            yield Step(token, _before_stop(lm, text)[len(told) :] if text else "", time.perf_counter() - began)
+            yield Step(
+                token, _before_stop(lm, text)[len(told) :] if text else "", time.perf_counter() - began
+            )
             return
         # Bytes of an unfinished character decode to U+FFFD: wait for the rest of it.
         new = "" if text.endswith("\ufffd") else text[len(told) :]

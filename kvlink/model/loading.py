@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -102,14 +101,14 @@ def load(
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         check_config(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype if dtype == "auto" else DTYPES[dtype],
             attn_implementation=None if attention == "auto" else attention,
             use_safetensors=True,
             trust_remote_code=False,
         )
-        model = model.to(device)
+        model.to(device)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"cannot load {name!r}: {str(error).strip().splitlines()[0]}") from error
     return wrap(name, model, tokenizer, folder if folder.is_dir() else _snapshot(model))

@@ -84,10 +84,12 @@ def read_context(lm: LanguageModel, ids: Sequence[int], needs: Collection[str], 
             with _captured(lm) as seen:
                 _forward(lm, ids[start:stop], cache, start, seen=start)
             held = extract(cache, stop)
-            sums = torch.stack([
-                _over_context(_grouped(w, held).sum(1), held, i, tokens)
-                for i, w in enumerate(seen.weights(len(held.layers)))
-            ])
+            sums = torch.stack(
+                [
+                    _over_context(_grouped(w, held).sum(1), held, i, tokens)
+                    for i, w in enumerate(seen.weights(len(held.layers)))
+                ]
+            )
             total = sums if total is None else total + sums
             if stop == tokens:
                 last = sums / (stop - start)
@@ -117,7 +119,13 @@ def _blocks(tokens: int, window: int, all_blocks: bool) -> Iterator[tuple[int, i
 
 @torch.inference_mode()
 def _forward(
-    lm: LanguageModel, ids: Sequence[int], cache: Any, first: int, *, seen: int, positions: Tensor | None = None
+    lm: LanguageModel,
+    ids: Sequence[int],
+    cache: Any,
+    first: int,
+    *,
+    seen: int,
+    positions: Tensor | None = None,
 ) -> Any:
     """One forward pass that fills `cache`. `seen`: logical length before it."""
     device = lm.model.device

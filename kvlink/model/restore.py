@@ -26,9 +26,12 @@ def extract(cache: Any, tokens: int, positions: Any = None) -> KVCache:
     if type(cache) is not DynamicCache:
         raise UnsupportedCacheError(f"expected a DynamicCache, the model keeps a {type(cache).__name__}")
     layers = []
-    for index, layer in enumerate(cache.layers):
+    held_layers: list[Any] = cache.layers
+    for index, layer in enumerate(held_layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
-            raise UnsupportedCacheError(f"layer {index}: cache layer {type(layer).__name__} is not understood")
+            raise UnsupportedCacheError(
+                f"layer {index}: cache layer {type(layer).__name__} is not understood"
+            )
         batch, heads, held, _ = layer.keys.shape
         if batch != 1:
             raise UnsupportedCacheError(f"expected the cache of one sequence, found a batch of {batch}")
@@ -52,7 +55,8 @@ def view(lm: LanguageModel, cache: KVCache) -> DynamicCache:
     out = DynamicCache(config=lm.model.config)
     if len(out.layers) != len(cache.layers):
         raise IdentityError(f"the model has {len(out.layers)} layers, the cache {len(cache.layers)}")
-    for index, (target, layer) in enumerate(zip(out.layers, cache.layers, strict=True)):
+    targets: list[Any] = out.layers
+    for index, (target, layer) in enumerate(zip(targets, cache.layers, strict=True)):
         if isinstance(target, DynamicSlidingWindowLayer) is not layer.sliding:
             raise IdentityError(f"layer {index}: sliding window at one end only")
         keys, values = layer.keys[None].to(lm.model.device), layer.values[None].to(lm.model.device)

@@ -98,6 +98,12 @@ class SenderHandler(Protocol):
     async def publish(self, text: str, lifetime_s: int, turns: list[tuple[str, str]]) -> Published: ...
     def unpublish(self, context_id: str) -> None: ...
     def fetch_cache(
-        self, context_id: str, question: str, recipe: str, budget_bytes: int, transfer_id: bytes, next_sequence: int
+        self,
+        context_id: str,
+        question: str,
+        recipe: str,
+        budget_bytes: int,
+        transfer_id: bytes,
+        next_sequence: int,
     ) -> AsyncIterator[bytes]: ...
     def deliver_cache(self, delivery: Delivery) -> AsyncIterator[Progress]: ...

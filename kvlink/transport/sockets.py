@@ -32,7 +32,7 @@ def connections(host: str, port: int) -> dict[int, SocketCount]:
     if not sys.platform.startswith("linux"):
         return {}
     try:
-        addresses = {item[4][0] for item in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        addresses = {str(item[4][0]) for item in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
         descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
     except (OSError, ValueError):
         return {}

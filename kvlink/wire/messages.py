@@ -50,7 +50,9 @@ def fingerprint_from_proto(message: pb.Fingerprint) -> Fingerprint:
     parts = {f.name: bytes(getattr(message, f.name)) for f in fields(Fingerprint)}
     for name, digest in parts.items():
         if len(digest) != DIGEST_BYTES:
-            raise RemoteProtocolError(f"fingerprint.{name}: expected {DIGEST_BYTES} bytes, found {len(digest)}")
+            raise RemoteProtocolError(
+                f"fingerprint.{name}: expected {DIGEST_BYTES} bytes, found {len(digest)}"
+            )
     return Fingerprint(**parts)
 
 
@@ -67,7 +69,9 @@ def recipe_to_proto(recipe: Recipe) -> pb.Recipe:
         rank=recipe.rank,
         coder=recipe.coder,
         overrides=[
-            pb.LayerOverride(layer=o.layer, keys=_quantizer_to_proto(o.keys), values=_quantizer_to_proto(o.values))
+            pb.LayerOverride(
+                layer=o.layer, keys=_quantizer_to_proto(o.keys), values=_quantizer_to_proto(o.values)
+            )
             for o in recipe.overrides
         ],
     )
@@ -122,11 +126,15 @@ def shape_from_proto(message: pb.CacheShape) -> CacheShape:
         if not 1 <= value <= 2**24:
             raise RemoteProtocolError(f"shape.{name} must be from 1 to {2**24}, found {value}")
     if message.dtype not in ("bfloat16", "float16", "float32"):
-        raise RemoteProtocolError(f"shape.dtype must be bfloat16, float16 or float32, found {message.dtype!r}")
+        raise RemoteProtocolError(
+            f"shape.dtype must be bfloat16, float16 or float32, found {message.dtype!r}"
+        )
     whole = tuple((w.layer, w.held_tokens) for w in message.whole_layers)
     layers = [layer for layer, _ in whole]
     if layers != sorted(set(layers)) or any(layer >= message.layers for layer in layers):
-        raise RemoteProtocolError(f"shape.whole_layers must name layers in order and once, found {layers[:8]}")
+        raise RemoteProtocolError(
+            f"shape.whole_layers must name layers in order and once, found {layers[:8]}"
+        )
     if any(not 1 <= held <= message.tokens for _, held in whole):
         raise RemoteProtocolError("shape.whole_layers: held tokens must be from 1 to shape.tokens")
     return CacheShape(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import google_crc32c
 from blake3 import blake3
@@ -208,7 +208,9 @@ class ReceiveSession:
         if kind is None:
             raise RemoteProtocolError(f"{where}: a frame without a body")
         if frame.sequence != self._next_sequence:
-            raise RemoteProtocolError(f"{where}: expected sequence {self._next_sequence}, found {frame.sequence}")
+            raise RemoteProtocolError(
+                f"{where}: expected sequence {self._next_sequence}, found {frame.sequence}"
+            )
         state = TRANSITIONS.get((self.state, kind))
         if state is None:
             raise RemoteProtocolError(f"{where}: a {kind} frame cannot follow in state {self.state}")
@@ -274,7 +276,9 @@ class ReceiveSession:
     def _on_end(self, message: pb.End, where: str) -> list[Event]:
         self._check_digest(message.digest, where)
         if message.segments != self._segments or not self._segments:
-            raise RemoteProtocolError(f"{where}: {self._segments} segments came, the end names {message.segments}")
+            raise RemoteProtocolError(
+                f"{where}: {self._segments} segments came, the end names {message.segments}"
+            )
         return [TransferComplete(self._segments)]
 
     def _check_digest(self, claimed: bytes, where: str) -> None:
@@ -359,7 +363,7 @@ def _expected_parts(
     plain: list[tuple[PartKind, int]] = []
     if message.map_sets:
         plain.append(("map", message.map_sets * -(-shape.tokens // 8)))
-    tensors = []
+    tensors: list[Any] = []
     for layer in range(shape.layers):
         held = whole.get(layer, message.kept)
         sides: tuple[Literal["keys", "values"], ...] = ("keys", "values")

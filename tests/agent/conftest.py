@@ -43,7 +43,9 @@ class Pair:
         return last
 
     async def answer(self, cache_id: str, question: str = QUESTION, **options) -> str:
-        return "".join([p.text async for p in self.target.generate(Ask(cache_id, question, **options))]).strip()
+        return "".join(
+            [p.text async for p in self.target.generate(Ask(cache_id, question, **options))]
+        ).strip()
 
 
 @pytest.fixture

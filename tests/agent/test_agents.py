@@ -27,13 +27,22 @@ from kvlink.wire.session import ReceiveSession, SendSession
 from tests.agent.conftest import QUESTION, TEXT
 from tests.relay import relay
 
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Transfers of many frames, so that there is something to cut between."""
     monkeypatch.setattr(SendSession.__init__, "__defaults__", (4096,))
 
 
-RECIPES = ("text", "raw", "lossless", "int8", "q2c@0.5 int4", "q2c+draft@0.25 int4 scope=head", "h2o@0.5 int8")
+RECIPES = (
+    "text",
+    "raw",
+    "lossless",
+    "int8",
+    "q2c@0.5 int4",
+    "q2c+draft@0.25 int4 scope=head",
+    "h2o@0.5 int8",
+)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -209,7 +218,11 @@ async def test_deleted_caches_are_gone(pair):
         ({"recipe": "q2c@1.5 int4"}, RecipeError, "at most 1, got 1.5"),
         ({"recipe": "q2c@0 int4"}, RecipeError, "above 0"),
         ({"recipe": "q2c@0.5 int4", "question": " "}, ContextError, "needs the question"),
-        ({"recipe": "q2c@0.5 int4", "question": "why " * 600}, ContextError, "more than the model's window of 512"),
+        (
+            {"recipe": "q2c@0.5 int4", "question": "why " * 600},
+            ContextError,
+            "more than the model's window of 512",
+        ),
         ({"text": "word " * 3000}, ContextError, "the model's window 512"),
         ({"receiver": "10.1.2.3:50052"}, AccessError, "not in this sender's peer list"),
         ({"receiver": "nonsense"}, AccessError, "peer list"),
@@ -238,7 +251,9 @@ async def test_a_question_that_is_too_long_is_refused_at_the_receiver_too(pair):
     [("llama", 0, "weights"), ("qwen2", 1, "weights")],
     ids=["another model", "sibling fine-tune"],
 )
-async def test_another_model_at_the_receiver_is_refused_before_any_byte(pair, random_lm, architecture, seed, component):
+async def test_another_model_at_the_receiver_is_refused_before_any_byte(
+    pair, random_lm, architecture, seed, component
+):
     """A sibling has the same shapes, tokenizer and template, and other weights."""
     pair.receiver._receiver = Receiver(random_lm(architecture, "bfloat16", seed))
     async with relay(pair.receiver_port) as wire:

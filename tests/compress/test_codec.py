@@ -37,7 +37,9 @@ def caches(draw):
     return cache.select(sets[0] if kind == "shared" else sets.reshape(layers, heads, count))
 
 
-@given(caches(), quantizers(), quantizers(), st.sampled_from([0, 0, 3]), st.sampled_from(["identity", "zstd"]))
+@given(
+    caches(), quantizers(), quantizers(), st.sampled_from([0, 0, 3]), st.sampled_from(["identity", "zstd"])
+)
 def test_any_recipe_on_any_cache_keeps_shape_positions_and_declared_sizes(cache, keys, values, rank, coder):
     if rank and (keys.lossless or values.lossless):
         rank = 0
@@ -71,7 +73,9 @@ def test_encoding_is_deterministic(cache):
 def test_lossless_is_bit_exact_for_every_pattern(dtype, recipe):
     """NaN payloads, infinities, signed zeros and subnormals included."""
     width = dtype.itemsize
-    raw = torch.randint(0, 256, (2 * 8 * 4 * width,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    raw = torch.randint(
+        0, 256, (2 * 8 * 4 * width,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     tensor = torch.frombuffer(bytearray(raw.numpy().tobytes()), dtype=dtype).reshape(2, 8, 4).clone()
     tensor[0, 0] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0], dtype=dtype)
     cache = KVCache((LayerCache(tensor, tensor.flip(1), full_positions(2, 8)),), 8)
@@ -132,8 +136,14 @@ def _with_part(segment, number, **change):
 
 
 MUTATIONS = {
-    "scale width": (lambda s: replace(s, tensors=(replace(s.tensors[0], scale_bytes=3), *s.tensors[1:])), "bytes a scale"),
-    "shape": (lambda s: replace(s, tensors=(replace(s.tensors[0], shape=(1, 1, 1)), *s.tensors[1:])), "expected shape"),
+    "scale width": (
+        lambda s: replace(s, tensors=(replace(s.tensors[0], scale_bytes=3), *s.tensors[1:])),
+        "bytes a scale",
+    ),
+    "shape": (
+        lambda s: replace(s, tensors=(replace(s.tensors[0], shape=(1, 1, 1)), *s.tensors[1:])),
+        "expected shape",
+    ),
     "a tensor missing": (lambda s: replace(s, tensors=s.tensors[1:]), "found 3 tensors"),
     "a tensor twice": (lambda s: replace(s, tensors=(s.tensors[1], *s.tensors[1:])), "found 3 tensors"),
     "a part missing": (
@@ -141,7 +151,10 @@ MUTATIONS = {
         "expected parts",
     ),
     "plain size": (lambda s: _with_part(s, 1, plain_bytes=7), "expected parts"),
-    "identity of another size": (lambda s: _with_part(s, 1, coder="identity", data=b"x"), "expected .* bytes, found 1"),
+    "identity of another size": (
+        lambda s: _with_part(s, 1, coder="identity", data=b"x"),
+        "expected .* bytes, found 1",
+    ),
     "not zstd": (lambda s: _with_part(s, 1, coder="zstd", data=b"garbage"), "not a zstd frame"),
     "no map": (lambda s: replace(s, selection_map=None), "no selection map"),
     "map of another count": (lambda s: replace(s, map_sets=3), "position sets"),

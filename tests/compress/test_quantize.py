@@ -21,7 +21,9 @@ def cases(draw):
     """A quantizer and a tensor: shapes from 1 token and odd head sizes, outliers to 1e4."""
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.sampled_from([1, 7, 16, 33, 80])))
     group = draw(st.sampled_from([2, 5, 32, 64]))
-    quantizer = Quantizer(draw(st.sampled_from(BITS)), draw(st.sampled_from(["token", "channel"])), group, draw(st.booleans()))
+    quantizer = Quantizer(
+        draw(st.sampled_from(BITS)), draw(st.sampled_from(["token", "channel"])), group, draw(st.booleans())
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     x = torch.randn(shape, generator=generator) * draw(st.sampled_from([1e-9, 1e-3, 1.0, 300.0]))
     x = x + draw(st.sampled_from([0.0, 50.0, -3.0]))

@@ -120,7 +120,11 @@ def test_mass_with_head_scope_keeps_as_many_as_the_neediest_head():
     assert mass_count(scores, 0.99, torch.zeros(10, dtype=torch.bool)) == 5
 
 
-@given(st.sampled_from([m for m in METHODS if m != "all"]), st.floats(0.001, 1.0), st.sampled_from(["shared", "head"]))
+@given(
+    st.sampled_from([m for m in METHODS if m != "all"]),
+    st.floats(0.001, 1.0),
+    st.sampled_from(["shared", "head"]),
+)
 def test_rules_that_hold_for_every_method(method, ratio, scope):
     selection = Selection(method, Amount(ratio), scope=scope)
     chosen = choose_positions(evidence(), selection, SHAPE)
@@ -150,7 +154,9 @@ def test_a_method_sees_what_it_needs_and_nothing_else():
             question_tokens=5, draft_tokens=5, window_tokens=6,
         )  # fmt: skip
         selection = Selection(method, Amount(0.5))
-        assert torch.equal(choose_positions(only, selection, SHAPE), choose_positions(everything, selection, SHAPE))
+        assert torch.equal(
+            choose_positions(only, selection, SHAPE), choose_positions(everything, selection, SHAPE)
+        )
         with pytest.raises(RecipeError, match="was not captured"):
             choose_positions(Evidence(), selection, SHAPE)
 

@@ -70,7 +70,9 @@ def _masked_logits(lm, cache, question):
             keywords["attention_mask"] = mask
         return arguments, keywords
 
-    modules = [m for m in lm.model.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")]
+    modules = [
+        m for m in lm.model.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")
+    ]
     handles = [m.register_forward_pre_hook(poison, with_kwargs=True) for m in modules]
     lm.model.set_attn_implementation("eager")
     try:

@@ -29,7 +29,9 @@ def make_cache(
     )
 
 
-def make_transfer(recipe: str = "int4", kept: tuple[int, ...] | None = None, chunk_bytes: int = 300, **shape: int):
+def make_transfer(
+    recipe: str = "int4", kept: tuple[int, ...] | None = None, chunk_bytes: int = 300, **shape: int
+):
     """(manifest, frames, kept cache) of one transfer."""
     parsed = Recipe.parse(recipe)
     cache = make_cache(**shape)

@@ -198,15 +198,27 @@ HOSTILE = {
         RemoteProtocolError,
         "cannot follow in state done",
     ),
-    "bit flip in a chunk": (_at(2, _flip_data), IntegrityError, "frame 2: chunk at offset 0: expected crc32c"),
+    "bit flip in a chunk": (
+        _at(2, _flip_data),
+        IntegrityError,
+        "frame 2: chunk at offset 0: expected crc32c",
+    ),
     "bit flip with its crc mended": (_at(2, _flip_and_fix_crc), IntegrityError, "digest of all frames"),
     "offset moved": (_at(3, _set("chunk.offset", 5)), RemoteProtocolError, "expected offset 300, found 5"),
     "empty chunk": (_at(2, _set("chunk.data", b"")), RemoteProtocolError, "empty chunk"),
     "chunk too long": (_at(2, _set("chunk.data", b"x" * 9999)), RemoteProtocolError, "chunks bring more"),
-    "segment digest": (_at(-2, _set("segment_end.digest", b"\0" * 32)), IntegrityError, "the frame says 0000"),
+    "segment digest": (
+        _at(-2, _set("segment_end.digest", b"\0" * 32)),
+        IntegrityError,
+        "the frame says 0000",
+    ),
     "end digest": (_at(-1, _set("end.digest", b"\0" * 32)), IntegrityError, "the frame says 0000"),
     "end counts wrong": (_at(-1, _set("end.segments", 2)), RemoteProtocolError, "the end names 2"),
-    "other version": (_at(0, _set("manifest.protocol_version", 2)), RemoteProtocolError, "expected 1, found 2"),
+    "other version": (
+        _at(0, _set("manifest.protocol_version", 2)),
+        RemoteProtocolError,
+        "expected 1, found 2",
+    ),
     "short transfer id": (_at(0, _set("manifest.transfer_id", b"t")), RemoteProtocolError, "transfer id"),
     "short digest": (_at(0, _set("manifest.context_digest", b"t")), RemoteProtocolError, "context digest"),
     "short fingerprint": (
@@ -241,7 +253,11 @@ HOSTILE = {
         RemoteProtocolError,
         "retention unit",
     ),
-    "other recipe than coded": (_at(0, _set("manifest.recipe.keys.bits", 8)), RemoteProtocolError, "plain bytes"),
+    "other recipe than coded": (
+        _at(0, _set("manifest.recipe.keys.bits", 8)),
+        RemoteProtocolError,
+        "plain bytes",
+    ),
     "segment index": (_at(1, _set("segment_header.index", 3)), RemoteProtocolError, "expected segment 0"),
     "text segment in kv": (
         _at(1, _set("segment_header.kind", pb.SEGMENT_KIND_TEXT)),
@@ -251,7 +267,11 @@ HOSTILE = {
     "keeps nothing": (_at(1, _set("segment_header.kept", 0)), RemoteProtocolError, "kept must be"),
     "keeps too much": (_at(1, _set("segment_header.kept", 25)), RemoteProtocolError, "kept must be"),
     "map sets": (_at(1, _set("segment_header.map_sets", 1)), RemoteProtocolError, "position sets"),
-    "scale widths": (_at(1, _set("segment_header.scale_bytes", b"\3" * 4)), RemoteProtocolError, "scale widths"),
+    "scale widths": (
+        _at(1, _set("segment_header.scale_bytes", b"\3" * 4)),
+        RemoteProtocolError,
+        "scale widths",
+    ),
     "a part too few": (
         _at(1, lambda m: m.segment_header.parts.pop()),
         RemoteProtocolError,

@@ -1,0 +1,99 @@
+"""The `kvlink` command.
+
+Every option can also be set as `KVLINK_<COMMAND>_<OPTION>` in the environment, or in a TOML file
+given with `--config` (a table per command). Flags win over the environment, that over the file.
+
+Exit codes: 0 done · 1 a check failed · 2 bad input · 3 model or identity · 4 link or peer ·
+5 damaged or unexpected data · 6 a limit, an unknown id, or not allowed.
+
+Does not know: how anything is done. Place on the path: outside it; imports lazily, so that
+`kvlink --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvlink import errors
+from kvlink._release import RELEASE
+from kvlink.cli import agents, asking, files
+
+_HELP = """One agent hands over what it has read: selected, compressed KV caches over gRPC.
+
+Every option can also be set as KVLINK_<COMMAND>_<OPTION> in the environment, or in a TOML file given
+with --config (a table per command).
+
+Exit codes: 0 done, 1 a check failed, 2 bad input, 3 model or identity, 4 link or peer, 5 damaged or
+unexpected data, 6 a limit, an unknown id, or not allowed.
+"""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP)
+for command in (
+    asking.demo,
+    agents.sender,
+    agents.receiver,
+    asking.ask,
+    files.publish,
+    files.unpublish,
+    files.fetch,
+    files.pack,
+    files.unpack,
+    files.inspect,
+    agents.health,
+):
+    app.command()(command)
+
+EXIT_CODES: dict[type[errors.KvlinkError], int] = {
+    errors.InputError: 2,
+    errors.ModelError: 3,
+    errors.IdentityError: 3,
+    errors.TransportError: 4,
+    errors.DataError: 5,
+    errors.ProtocolError: 5,
+    errors.LimitError: 6,
+    errors.NotFoundError: 6,
+    errors.AccessError: 6,
+}
+
+
+@app.callback(invoke_without_command=True, help=_HELP)
+def root(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="TOML file with a table per command.")] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the release and stop.")] = False,
+) -> None:
+    if version:
+        print(f"kvlink {RELEASE}")
+        raise typer.Exit
+    if config is not None:
+        try:
+            loaded = tomllib.loads(config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise errors.ConfigError(f"cannot read the configuration {config}: {error}") from error
+        context.default_map = {
+            command: {name.replace("-", "_"): value for name, value in table.items()}
+            for command, table in loaded.items()
+            if isinstance(table, dict)
+        }
+
+
+def main() -> None:
+    """Run the command; errors of the package become a line on standard error and an exit code."""
+    try:
+        app(auto_envvar_prefix="KVLINK")
+    except errors.KvlinkError as error:
+        print(f"kvlink: {type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(exit_code(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(0) from None
+
+
+def exit_code(error: errors.KvlinkError) -> int:
+    return next((code for cls, code in EXIT_CODES.items() if isinstance(error, cls)), 1)

@@ -1,0 +1,130 @@
+"""Commands that answer questions through two agents: demo and ask.
+
+Does not know: how an answer comes about. Place on the path: the face of the package.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from kvlink import errors
+from kvlink.cli.common import (
+    RECEIVER,
+    SENDER,
+    Budget,
+    Ctx,
+    Json,
+    Model,
+    Question,
+    ReceiverAt,
+    RecipeText,
+    SenderAt,
+    budget_bytes,
+    console,
+    progress_bar,
+    read_context,
+    run,
+)
+
+
+def demo(
+    model: Model = "kvlink-tiny",
+    data: Annotated[
+        Path | None, typer.Option(help="SQuAD-format JSON instead of generated passages.")
+    ] = None,
+    n: Annotated[int, typer.Option(min=1, help="Generated questions, or questions of the file.")] = 20,
+    seed: int = 7,
+    as_json: Json = False,
+) -> None:
+    """Start two agents on loopback, ask questions by each recipe, print what it cost and kept."""
+    from kvlink.eval.demo import choose_items, run_demo
+    from kvlink.recipe import PRESETS
+    from kvlink.show import print_demo, print_json
+
+    items = choose_items(data, n, seed)
+    with progress_bar(TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("asking", total=len(items) * len(PRESETS))
+        report = run(run_demo(items, model, seed=seed, on_step=lambda: bar.advance(task))).to_dict()
+    if as_json:
+        print_json(report)
+    else:
+        print_demo(console(), report)
+    if report["failures"]:
+        raise typer.Exit(1)
+
+
+def ask(
+    question: Question,
+    context: Ctx = "",
+    handle: Annotated[str, typer.Option(help="A published context instead of --context.")] = "",
+    recipe: RecipeText = "",
+    budget: Budget = "",
+    sender_at: SenderAt = SENDER,
+    receiver_at: ReceiverAt = RECEIVER,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="0: the receiver's default.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Let the sender deliver what the question needs, and the receiver answer it."""
+    from kvlink.transport.api import Delivery
+    from kvlink.transport.handle import Handle
+
+    if bool(context) == bool(handle):
+        raise errors.ConfigError("give either --context or --handle")
+    at = Handle.parse(handle) if handle else Handle(sender_at, "")
+    delivery = Delivery(
+        receiver=receiver_at,
+        question=question,
+        recipe=recipe,
+        context_id=at.context_id,
+        text=read_context(context) if context else "",
+        budget_bytes=budget_bytes(budget),
+        answer_here=True,
+    )
+    run(_ask(delivery, at.address, max_new_tokens, as_json))
+
+
+async def _ask(delivery: Any, sender_at: str, max_new_tokens: int, as_json: bool) -> None:
+    from kvlink.plan import break_even
+    from kvlink.show import print_json, print_receipt, receipt_dict
+    from kvlink.transport.api import Ask
+    from kvlink.transport.client import ReceiverClient, SenderClient
+
+    screen, done, text = console(), None, ""
+    async with SenderClient(sender_at) as source, ReceiverClient(delivery.receiver) as target:
+        with progress_bar(
+            TextColumn("delivering"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+        ) as bar:
+            task = bar.add_task("delivering", total=None)
+            async for progress in source.deliver(delivery):
+                bar.update(task, completed=progress.sent_bytes, total=progress.total_bytes)
+                done = progress
+        if done is None or not done.done:
+            raise errors.PeerUnavailableError(f"{sender_at}: the delivery ended without a result")
+        async for piece in target.generate(Ask(done.cache_id, delivery.question, max_new_tokens)):
+            if not as_json:
+                screen.print(
+                    piece.text if text else piece.text.lstrip(), end="", markup=False, highlight=False
+                )
+            text += piece.text
+            last = piece
+        reader = await target.capabilities()
+        await target.delete_cache(done.cache_id)
+    receipt = done.receipt.with_stages(**last.receipt.stage_s)
+    if as_json:
+        own = {"answer": text.strip(), "sender_answer": done.sender_answer}
+        print_json({**own, "agrees": text.strip() == done.sender_answer, **receipt_dict(receipt)})
+        return
+    screen.print(f"\n[dim]the sender itself:[/] {done.sender_answer}\n", highlight=False)
+    print_receipt(screen, receipt)
+    rate = reader.prefill_tokens_per_s
+    if receipt.kept_tokens and delivery.text and rate:
+        read_s = receipt.context_tokens / rate
+        told = break_even(
+            receipt.wire_bytes, len(delivery.text.encode()), read_s, receipt.stage_s.get("decode", 0.0)
+        )
+        faster = "never" if told.rate_bps is None else f"above {told.rate_bps / 1e6:,.1f} Mbit/s"
+        screen.print(f"the cache beats the text {faster}: {told.reason}", highlight=False)

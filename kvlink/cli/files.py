@@ -1,0 +1,181 @@
+"""Commands around published contexts and `.kvl` files.
+
+Does not know: what a frame says. Place on the path: the face of the package.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvlink.cli.common import (
+    SENDER,
+    Attn,
+    Budget,
+    Ctx,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Question,
+    RecipeText,
+    SenderAt,
+    budget_bytes,
+    open_file,
+    quiet,
+    read_context,
+    run,
+)
+
+
+def publish(
+    context: Ctx,
+    sender_at: SenderAt = SENDER,
+    lifetime_s: Annotated[int, typer.Option(min=0, help="0: the sender's default.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Let a sender read a context and hold it; prints its handle."""
+    from kvlink.show import print_json
+    from kvlink.transport.client import SenderClient
+    from kvlink.transport.handle import Handle
+
+    text = read_context(context)
+
+    async def work() -> Any:
+        async with SenderClient(sender_at) as source:
+            return await source.publish(text, lifetime_s)
+
+    done = run(work())
+    handle = str(Handle(sender_at, done.context_id))
+    if as_json:
+        print_json(
+            {
+                "handle": handle,
+                "context_tokens": done.context_tokens,
+                "cache_bytes": done.cache_bytes,
+                "lifetime_s": done.lifetime_s,
+                "stage_s": {"prefill": done.prefill_s},
+            }
+        )
+    else:
+        print(handle)
+        note = f"{done.context_tokens} tokens, {done.cache_bytes:,} bytes of cache, read in {done.prefill_s * 1e3:.0f} ms"
+        print(f"{note}; held for {done.lifetime_s} s", file=sys.stderr)
+
+
+def unpublish(handle: str) -> None:
+    """Let the sender forget a published context."""
+    from kvlink.transport.client import SenderClient
+    from kvlink.transport.handle import Handle
+
+    at = Handle.parse(handle)
+
+    async def work() -> None:
+        async with SenderClient(at.address) as source:
+            await source.unpublish(at.context_id)
+
+    run(work())
+
+
+def fetch(
+    handle: str,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .kvl file to write.")],
+    question: Annotated[str, typer.Option(help="The question that the selection serves.")] = "",
+    recipe: RecipeText = "",
+    budget: Budget = "",
+    as_json: Json = False,
+) -> None:
+    """Pull a published context, reduced for a question, into a .kvl file."""
+    from kvlink.transport.client import SenderClient
+    from kvlink.transport.handle import Handle
+    from kvlink.wire.file import write_frames
+
+    at = Handle.parse(handle)
+
+    async def work() -> list[bytes]:
+        async with SenderClient(at.address) as source:
+            return [f async for f in source.fetch(at.context_id, question, recipe, budget_bytes(budget))]
+
+    frames = run(work())
+    with out.open("wb") as target:
+        count = write_frames(frames, target)
+    _wrote(out, count, as_json, {"frames": len(frames)})
+
+
+def pack(
+    context: Ctx,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .kvl file to write.")],
+    question: Annotated[str, typer.Option(help="The question that the selection serves.")] = "",
+    recipe: RecipeText = "int8",
+    budget: Budget = "",
+    model: Model = "kvlink-tiny",
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    attn: Attn = "auto",
+    as_json: Json = False,
+) -> None:
+    """Read a context here and keep the transfer as a .kvl file."""
+    from kvlink.recipe import Recipe
+    from kvlink.show import receipt_dict
+
+    parsed, text = Recipe.parse(recipe), read_context(context)
+    from kvlink.agent.sender import Sender
+
+    quiet()
+    source = Sender(model, device=device, dtype=dtype, attention=attn)
+    transfer = source.pack(source.read(text), question, parsed, budget_bytes(budget))
+    with out.open("wb") as target:
+        count = transfer.write(target)
+    _wrote(out, count, as_json, receipt_dict(transfer.receipt))
+
+
+def _wrote(out: Path, count: int, as_json: bool, more: dict[str, Any]) -> None:
+    if as_json:
+        print(json.dumps({"file": str(out), "file_bytes": count, **more}, indent=2))
+    else:
+        print(f"{out}: {count:,} bytes")
+
+
+def unpack(
+    file: Path,
+    question: Question,
+    model: Model = "kvlink-tiny",
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    attn: Attn = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    as_json: Json = False,
+) -> None:
+    """Answer a question from a .kvl file."""
+    from kvlink.agent.receiver import Receiver
+    from kvlink.show import print_json, receipt_dict
+
+    quiet()
+    with open_file(file) as stream:
+        target = Receiver(model, device=device, dtype=dtype, attention=attn)
+        held = target.read_file(stream)
+    told = target.answer(held, question, max_new_tokens=max_new_tokens)
+    if as_json:
+        receipt = held.receipt.with_stages(first_token=told.first_token_s)
+        print_json({"answer": told.text, **receipt_dict(receipt)})
+    else:
+        print(told.text)
+
+
+def inspect(file: Path, as_json: Json = False) -> None:
+    """Say what a .kvl file holds; checks every checksum and digest, needs no model."""
+    from kvlink.show import print_json
+    from kvlink.wire.inspect import describe
+
+    with open_file(file) as stream:
+        told = describe(stream)
+    if as_json:
+        print_json(told)
+        return
+    for name, value in told.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(f"{name:18} {shown}")

@@ -1,0 +1,125 @@
+"""The rooms hold: imports go down only, and what each room must not know stays out of it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvlink
+from kvlink import errors
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "kvlink"
+
+LEVELS = {
+    "_release": 0, "errors": 0, "recipe": 0, "payload": 0, "receipt": 0, "cache": 0,
+    "v1": 0,
+    "compress": 1, "wire": 1,
+    "model": 2, "transport": 2, "plan": 2,
+    "agent": 3,
+    "__init__": 4, "__main__": 4, "cli": 4, "show": 4, "eval": 4,
+}  # fmt: skip
+SAME_LEVEL = {
+    ("cli", "show"),
+    ("cli", "eval"),
+    ("__main__", "cli"),
+    ("payload", "recipe"),
+    ("payload", "errors"),
+}
+
+FORBIDDEN = {
+    "errors": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
+    "recipe": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
+    "payload": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
+    "receipt": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
+    "cache": {"transformers", "grpc", "google"},
+    "compress": {"grpc", "google", "transformers", "kvlink.wire", "kvlink.model", "kvlink.v1"},
+    "wire": {"torch", "grpc", "asyncio", "transformers", "time", "socket", "kvlink.compress", "kvlink.cache"},
+    "model": {"grpc", "google", "kvlink.compress", "kvlink.wire", "kvlink.v1"},
+    "transport": {"torch", "transformers", "kvlink.compress", "kvlink.model", "kvlink.cache"},
+    "plan": {"torch", "grpc", "google", "transformers"},
+    "agent": {"grpc", "google", "kvlink.v1"},
+    "eval": {"grpc", "google", "kvlink.v1"},
+    "cli": {"grpc", "google", "kvlink.v1"},
+    "show": {"torch", "grpc", "google", "kvlink.v1"},
+}  # fmt: skip
+PROTOBUF_ROOMS = {"wire", "transport"}
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if "v1" not in path.parts)
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a module imports, those inside functions and type checks included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path):
+    room = room_of(path)
+    for name in imports(path):
+        if not name.startswith("kvlink.") or name.split(".")[1] not in LEVELS:
+            continue
+        target = name.split(".")[1]
+        below = LEVELS[target] < LEVELS[room] or LEVELS[target] == 0
+        assert below or target == room or (room, target) in SAME_LEVEL, f"{room} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_rooms_do_not_know_what_they_must_not(path):
+    room = room_of(path)
+    for name in imports(path):
+        for forbidden in FORBIDDEN.get(room, ()):
+            assert name != forbidden and not name.startswith(forbidden + "."), f"{room} imports {name}"
+        if name.startswith("kvlink.v1"):
+            assert room in PROTOBUF_ROOMS
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_modules_say_what_they_are_for_and_stay_small(path):
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)), "a module without a docstring"
+    assert text.count("\n") < 510
+
+
+def test_importing_the_package_is_cheap():
+    code = "import sys, kvlink; sys.exit(bool({'torch', 'transformers', 'grpc', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_export_is_listed_and_there():
+    for name in kvlink.__all__:
+        assert getattr(kvlink, name) is not None
+    with pytest.raises(AttributeError):
+        kvlink.nonsense  # noqa: B018
+
+
+def test_the_tree_of_errors_is_drawn_as_it_is():
+    drawn = errors.__doc__ or ""
+    for name, value in vars(errors).items():
+        if isinstance(value, type) and issubclass(value, Exception):
+            assert issubclass(value, errors.KvlinkError)
+            assert name in drawn, f"{name} is missing in the drawing"
+
+
+def test_no_bare_builtin_error_is_raised():
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                name = getattr(node.exc.func, "id", "")
+                assert name not in ("ValueError", "TypeError", "RuntimeError", "Exception", "KeyError"), path
