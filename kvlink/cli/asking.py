@@ -38,17 +38,22 @@ def demo(
     ] = None,
     n: Annotated[int, typer.Option(min=1, help="Generated questions, or questions of the file.")] = 20,
     seed: int = 7,
+    recipe: Annotated[list[str] | None, typer.Option(help="Recipe to compare; repeat. Default: six.")] = None,
     as_json: Json = False,
 ) -> None:
     """Start two agents on loopback, ask questions by each recipe, print what it cost and kept."""
     from kvlink.eval.demo import choose_items, run_demo
-    from kvlink.recipe import PRESETS
+    from kvlink.recipe import PRESETS, Recipe
     from kvlink.show import print_demo, print_json
 
+    recipes = recipe or list(PRESETS)
+    for text in recipes:
+        Recipe.parse(text)
     items = choose_items(data, n, seed)
     with progress_bar(TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("asking", total=len(items) * len(PRESETS))
-        report = run(run_demo(items, model, seed=seed, on_step=lambda: bar.advance(task))).to_dict()
+        task = bar.add_task("asking", total=len(items) * len(recipes))
+        work = run_demo(items, model, seed=seed, recipes=recipes, on_step=lambda: bar.advance(task))
+        report = run(work).to_dict()
     if as_json:
         print_json(report)
     else:

@@ -24,7 +24,7 @@ from typing import Any
 
 from kvlink.errors import PeerUnavailableError
 from kvlink.eval.questions import Item, generated, prose, squad
-from kvlink.eval.score import f1
+from kvlink.eval.score import f1, interval
 from kvlink.recipe import PRESETS, Recipe
 from kvlink.transport.api import Ask, Delivery, Progress
 from kvlink.transport.client import ReceiverClient, SenderClient
@@ -50,14 +50,19 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of the table. `agreement`: share of answers equal to the sender's own, letter for
-    letter. `wire_bytes`: mean a question. `ttft_s`: median, seconds."""
+    """A row of the table.
+
+    `f1_low`, `f1_high`: 95 % bootstrap interval. `agreement`: share of answers equal to the
+    sender's own, letter for letter. `wire_bytes`: mean a question. `ttft_s`: median, seconds.
+    """
 
     mode: str
     recipe: str
     recipe_full: str
     n: int
     f1: float
+    f1_low: float
+    f1_high: float
     f1_full: float
     agreement: float
     wire_bytes: float
@@ -244,12 +249,15 @@ def _sum_up(items: Sequence[Item], model: str, seed: int, outcomes: dict[str, li
 def _row(recipe: str, found: Sequence[Outcome]) -> Row:
     mean = statistics.fmean
     parsed = Recipe.parse(recipe)
+    low, high = interval([o.f1 for o in found])
     return Row(
         mode=parsed.mode,
         recipe=recipe,
         recipe_full=str(parsed),
         n=len(found),
         f1=mean(o.f1 for o in found),
+        f1_low=low,
+        f1_high=high,
         f1_full=mean(o.f1_full for o in found),
         agreement=mean(o.agrees for o in found),
         wire_bytes=mean(o.wire_bytes for o in found),

@@ -15,6 +15,8 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -32,6 +34,15 @@ def exact_match(prediction: str, golds: Sequence[str]) -> float:
 def f1(prediction: str, golds: Sequence[str]) -> float:
     """The best multiset F1 over the gold answers, in [0, 1]. `golds` must not be empty."""
     return max(_f1(normalise(prediction).split(), normalise(gold).split()) for gold in golds)
+
+
+def interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of `values` (percentiles of resampled means)."""
+    rng = np.random.default_rng(seed)
+    data = np.asarray(values, np.float64)
+    means = data[rng.integers(0, len(data), (draws, len(data)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _f1(found: list[str], gold: list[str]) -> float:

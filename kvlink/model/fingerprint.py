@@ -81,7 +81,7 @@ def _hash_tensor(total: Any, name: str, tensor: torch.Tensor) -> None:
     head = f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{list(tensor.shape)}|"
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     total.update(head.encode())
-    total.update(blake3(data, max_threads=blake3.AUTO).digest())
+    total.update(blake3(data.data, max_threads=blake3.AUTO).digest())
 
 
 def _weights_of_state(state: dict[str, torch.Tensor]) -> bytes:
