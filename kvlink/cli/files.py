@@ -166,13 +166,22 @@ def unpack(
         print(told.text)
 
 
-def inspect(file: Path, as_json: Json = False) -> None:
+def inspect(
+    file: Path,
+    every_byte: Annotated[bool, typer.Option("--bytes", help="Every field of every frame.")] = False,
+    as_json: Json = False,
+) -> None:
     """Say what a .kvl file holds; checks every checksum and digest, needs no model."""
     from kvlink.show import print_json
-    from kvlink.wire.inspect import describe
+    from kvlink.wire.inspect import describe, listing
 
     with open_file(file) as stream:
         told = describe(stream)
+        if every_byte:
+            stream.seek(0)
+            for line in listing(stream):
+                print(line)
+            return
     if as_json:
         print_json(told)
         return

@@ -1,0 +1,13 @@
+"""The ten lines: one process stands for both agents; the message is what would travel."""
+
+import kvlink
+
+text = "Mira Voss was born in Tavik. Ren Holt was born in Lisket. Mira Voss plays the cello every evening."
+question = "Where was Mira Voss born?"
+
+sender, receiver = kvlink.Sender(), kvlink.Receiver()
+context = sender.read(text)
+message = kvlink.pack(sender, context, question, kvlink.Recipe.parse("int8"))
+held = kvlink.unpack(receiver, message)
+print(receiver.answer(held, question).text)
+print(f"{len(message):,} bytes, {held.receipt.bits_per_element:.2f} bits per element")

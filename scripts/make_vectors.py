@@ -1,0 +1,115 @@
+"""Write test vectors for protocol version 1: transfers, and what they decode to.
+
+    python scripts/make_vectors.py
+
+Vectors are kept for ever: run this only to add new ones. An existing file is never changed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+
+from kvlink.cache import KVCache, LayerCache, full_positions
+from kvlink.compress.codec import decode, encode
+from kvlink.compress.lossless import pack_part
+from kvlink.payload import CacheShape, Fingerprint, Prompt
+from kvlink.recipe import Recipe
+from kvlink.wire.file import write_frames
+from kvlink.wire.messages import Manifest
+from kvlink.wire.session import SendSession
+
+FOLDER = Path(__file__).resolve().parent.parent / "tests" / "vectors" / "v1"
+TEXT = "Tavik is a town."
+VECTORS = {
+    "text": ("text", None, "bfloat16"),
+    "raw": ("raw", None, "bfloat16"),
+    "lossless-float32": ("lossless", None, "float32"),
+    "int8": ("int8", None, "bfloat16"),
+    "int4-kept": ("q2c@0.3 int4", (0, 1, 5, 9, 17), "bfloat16"),
+    "int3-symmetric": ("int3/token/g8/sym coder=identity", None, "float16"),
+    "int1": ("int1", None, "bfloat16"),
+    "mixed": ("int2 layers=1:int8", None, "bfloat16"),
+    "low-rank": ("int8 svd=3", None, "bfloat16"),
+}
+
+
+def cache(dtype: str) -> KVCache:
+    """Two layers, two heads, 18 tokens, head size 6; numbers from a formula, the same everywhere."""
+    layers = []
+    for layer in range(2):
+        base = torch.arange(2 * 18 * 6, dtype=torch.float64).reshape(2, 18, 6)
+        keys = torch.sin(base * 0.7 + layer) * 3 + 0.5
+        values = torch.cos(base * 1.3 - layer)
+        kind = getattr(torch, dtype)
+        layers.append(LayerCache(keys.to(kind), values.to(kind), full_positions(2, 18)))
+    return KVCache(tuple(layers), 18)
+
+
+def transfer(recipe: Recipe, kept: tuple[int, ...] | None, dtype: str) -> list[bytes]:
+    full = cache(dtype)
+    manifest = Manifest(
+        transfer_id=bytes(range(16)),
+        fingerprint=Fingerprint(*(bytes([i]) * 16 for i in range(1, 6))),
+        shape=full.shape,
+        recipe=recipe,
+        prompt=Prompt("plain/1", b"Context: ", b"\n"),
+        context_digest=bytes(16),
+        text_bytes=len(TEXT) if recipe.mode == "text" else 0,
+    )
+    session = SendSession(manifest, chunk_bytes=400)
+    if recipe.mode == "text":
+        return [session.open(), *session.segment(pack_part("text", TEXT.encode(), "zstd")), session.end()]
+    chosen = full if kept is None else full.select(torch.tensor(kept))
+    return [session.open(), *session.segment(encode(chosen, recipe)), session.end()]
+
+
+def digest(restored: KVCache, recipe: Recipe) -> str | float:
+    """BLAKE3 over the bytes of all keys, values and positions.
+
+    Low rank ends in a matrix product, whose last bits are the machine's: there the sum of all
+    numbers stands for them.
+    """
+    if recipe.rank:
+        return float(
+            sum(layer.keys.double().sum() + layer.values.double().sum() for layer in restored.layers)
+        )
+    total = blake3()
+    for layer in restored.layers:
+        for tensor in (layer.keys, layer.values, layer.positions):
+            total.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest(length=16)
+
+
+def expected(frames: list[bytes], shape: CacheShape, recipe: Recipe) -> str | float:
+    from kvlink.wire.session import ReceiveSession, SegmentReceived
+
+    session = ReceiveSession()
+    events = [event for frame in frames for event in session.receive(frame)]
+    (segment,) = [event.segment for event in events if isinstance(event, SegmentReceived)]
+    return digest(decode(segment, shape, recipe), recipe)
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    index = FOLDER / "expected.json"
+    known = json.loads(index.read_text()) if index.exists() else {}
+    for name, (text, kept, dtype) in VECTORS.items():
+        path = FOLDER / f"{name}.kvl"
+        if path.exists():
+            continue
+        recipe = Recipe.parse(text)
+        frames = transfer(recipe, kept, dtype)
+        out = io.BytesIO()
+        write_frames(frames, out)
+        path.write_bytes(out.getvalue())
+        known[name] = TEXT if recipe.mode == "text" else expected(frames, cache(dtype).shape, recipe)
+    index.write_text(json.dumps(known, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

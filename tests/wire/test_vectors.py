@@ -1,0 +1,80 @@
+"""Transfers written by earlier releases decode to what they always did; kept for ever.
+
+`scripts/make_vectors.py` adds vectors and never changes one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from kvlink.compress.codec import decode
+from kvlink.compress.lossless import unpack_part
+from kvlink.wire.file import read_frames, write_frames
+from kvlink.wire.inspect import describe, listing
+from kvlink.wire.session import ReceiveSession, SegmentReceived, TextReceived, diagram
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "tests" / "vectors" / "v1"
+EXPECTED = json.loads((FOLDER / "expected.json").read_text())
+
+_spec = importlib.util.spec_from_file_location("make_vectors", ROOT / "scripts" / "make_vectors.py")
+assert _spec is not None
+assert _spec.loader is not None
+make_vectors = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(make_vectors)
+
+
+def events(name: str):
+    session = ReceiveSession()
+    with (FOLDER / f"{name}.kvl").open("rb") as stream:
+        found = [event for frame in read_frames(stream) for event in session.receive(frame)]
+    session.close()
+    return session.manifest, found
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_kept_vectors_decode_to_what_they_always_did(name):
+    manifest, found = events(name)
+    body = next(e for e in found if isinstance(e, SegmentReceived | TextReceived))
+    if isinstance(body, TextReceived):
+        assert unpack_part(body.part).decode() == EXPECTED[name]
+        return
+    restored = decode(body.segment, manifest.shape, manifest.recipe)
+    told = make_vectors.digest(restored, manifest.recipe)
+    if isinstance(told, float):
+        assert told == pytest.approx(EXPECTED[name], rel=1e-3)
+    else:
+        assert told == EXPECTED[name]
+
+
+def test_every_vector_is_listed_and_every_recipe_has_one():
+    assert {p.stem for p in FOLDER.glob("*.kvl")} == set(EXPECTED) == set(make_vectors.VECTORS)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_a_listing_covers_every_byte(name):
+    data = (FOLDER / f"{name}.kvl").read_bytes()
+    lines = list(listing(io.BytesIO(data)))
+    offsets = [int(line.split()[0]) for line in lines]
+    assert offsets == sorted(set(offsets))
+    assert offsets[0] == 0
+    assert describe(io.BytesIO(data))["frames"] == sum("length of frame" in line for line in lines)
+
+
+def test_the_documentation_shows_the_table_and_the_vector_as_they_are():
+    text = (ROOT / "docs" / "wire-format.md").read_text(encoding="utf-8")
+    assert diagram() in text
+    with (FOLDER / "text.kvl").open("rb") as stream:
+        assert "\n".join(listing(stream)) in text
+
+
+def test_a_file_is_written_as_it_was_read():
+    data = (FOLDER / "int8.kvl").read_bytes()
+    out = io.BytesIO()
+    write_frames(read_frames(io.BytesIO(data)), out)
+    assert out.getvalue() == data
