@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvlink.cache import DTYPES
@@ -74,9 +75,10 @@ class LanguageModel:
 
     def _encode(self, text: str, special: bool) -> list[int]:
         try:
-            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+            text.encode()
         except UnicodeEncodeError as error:
             raise ContextError(f"the text is not valid Unicode: {error}") from error
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
 def embedded_folder() -> Path:
@@ -109,7 +111,7 @@ def load(
             trust_remote_code=False,
         )
         model.to(device)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load {name!r}: {str(error).strip().splitlines()[0]}") from error
     return wrap(name, model, tokenizer, folder if folder.is_dir() else _snapshot(model))
 

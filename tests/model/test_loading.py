@@ -1,0 +1,143 @@
+"""Loading: what is understood is loaded by path, what is not is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from transformers.cache_utils import DynamicCache
+
+from kvlink.errors import ConfigError, ContextError, ModelError, UnsupportedCacheError
+from kvlink.model.loading import check_config, load, wrap
+from kvlink.model.restore import extract, join, view
+
+
+def small(name: str, **values):
+    return getattr(transformers, name)(vocab_size=64, hidden_size=32, num_hidden_layers=2, **values)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.T5Config(), "t5 is an encoder-decoder"),
+        (small("MambaConfig"), "mamba"),
+        (
+            small("Qwen3NextConfig", layer_types=["linear_attention", "full_attention"]),
+            "linear_attention",
+        ),
+        (
+            small("LlamaConfig", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            "'dynamic' changes with length",
+        ),
+        (
+            small(
+                "Phi3Config",
+                num_attention_heads=4,
+                pad_token_id=0,
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "long_factor": [1.0] * 4,
+                    "short_factor": [1.0] * 4,
+                },
+            ),
+            "'longrope' changes with length",
+        ),
+    ],
+    ids=["t5", "mamba", "qwen3-next", "dynamic rope", "longrope"],
+)
+def test_what_is_not_understood_is_refused_by_name(config, message):
+    with pytest.raises(UnsupportedCacheError, match=message):
+        check_config(config)
+
+
+def test_an_unknown_cache_class_is_refused_by_name(tiny):
+    with pytest.raises(UnsupportedCacheError, match="keeps a StaticCache"):
+        extract(transformers.StaticCache(config=tiny.model.config, max_cache_len=8), 1)
+    strange = DynamicCache(config=tiny.model.config)
+    strange.layers[1] = SimpleNamespace(keys=None)
+    with pytest.raises(UnsupportedCacheError, match="SimpleNamespace is not understood|layer 0"):
+        extract(strange, 1)
+
+
+def test_a_batch_is_refused(tiny):
+    cache = DynamicCache(config=tiny.model.config)
+    for index in range(len(cache.layers)):
+        cache.update(torch.zeros(2, 2, 3, 64), torch.zeros(2, 2, 3, 64), index)
+    with pytest.raises(UnsupportedCacheError, match="a batch of 2"):
+        extract(cache, 3)
+
+
+def test_joining_contexts_is_refused_by_name():
+    with pytest.raises(ContextError, match="joining the caches of 2 contexts is not supported"):
+        join(None, None)  # type: ignore[arg-type]
+
+
+def test_a_cache_of_another_model_does_not_become_a_view(tiny, random_lm):
+    from kvlink.errors import IdentityError
+    from kvlink.model.prefill import prefill
+    from tests.conftest import random_ids
+
+    sliding = prefill(random_lm("gemma2-sliding"), random_ids(40))
+    with pytest.raises(IdentityError, match="sliding window at one end only"):
+        view(random_lm("qwen2"), sliding)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_dtype_can_be_chosen(checkpoint, dtype):
+    assert load(str(checkpoint("qwen2")), dtype=dtype).dtype == dtype
+
+
+def test_wrong_options_are_refused(checkpoint):
+    with pytest.raises(ConfigError, match="dtype must be"):
+        load(str(checkpoint("qwen2")), dtype="int8")
+    with pytest.raises(ModelError, match="cannot load"):
+        load(str(checkpoint("qwen2")), device="nonsense")
+    with pytest.raises(ModelError, match="no directory"):
+        load("./not/there")
+
+
+def test_pickled_weights_are_not_loaded(checkpoint, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(checkpoint("qwen2"), folder)
+    model = load(str(folder)).model
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot load"):
+        load(str(folder))
+
+
+def test_code_that_comes_with_a_model_is_not_run(checkpoint, tmp_path):
+    folder = tmp_path / "remote"
+    shutil.copytree(checkpoint("qwen2"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "made-up"
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("raise SystemExit('ran')\n")
+    with pytest.raises(ModelError, match="cannot load"):
+        load(str(folder))
+
+
+def test_a_truncated_checkpoint_is_refused(checkpoint, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(checkpoint("qwen2"), folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot load"):
+        load(str(folder))
+
+
+def test_eager_attention_can_be_asked_for(checkpoint):
+    lm = load(str(checkpoint("qwen2")), attention="eager")
+    assert lm.attention == "eager"
+
+
+def test_a_dtype_that_no_cache_travels_in_is_refused(checkpoint):
+    lm = load(str(checkpoint("qwen2", "float32", 5)))
+    with pytest.raises(UnsupportedCacheError, match="float64"):
+        wrap("wide", lm.model.double(), lm.tokenizer)

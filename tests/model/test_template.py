@@ -1,0 +1,90 @@
+"""Templates: both ends own the prompt; chat models use their own."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from kvlink.errors import ContextError, ModelError
+from kvlink.model.generate import answer
+from kvlink.model.loading import load
+from kvlink.model.prefill import prefill
+from kvlink.model.template import Turn, template_for
+
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_folder(checkpoint, tmp_path):
+    def make(template: str = CHAT):
+        folder = tmp_path / "chat"
+        shutil.copytree(checkpoint("qwen2", "bfloat16"), folder)
+        (folder / "chat_template.jinja").write_text(template)
+        return str(folder)
+
+    return make
+
+
+def test_the_plain_template_is_context_question_answer(tiny):
+    prompt = tiny.template.prompt()
+    assert (prompt.template_id, prompt.before, prompt.after) == ("plain/1", b"Context: ", b"\n")
+    assert tiny.template.ask("Who?") == "Question: Who?\nAnswer:"
+
+
+def test_context_and_question_are_cut_into_the_same_tokens_as_one_text(tiny):
+    text, question = "Mira Dosh was born in Tavik.", "Where was Mira Dosh born?"
+    split = tiny.context_ids(text) + tiny.question_ids(question, 20)
+    whole = tiny.tokenizer(f"Context: {text}\nQuestion: {question}\nAnswer:")["input_ids"]
+    assert split == whole
+
+
+def test_a_chat_model_uses_its_own_template(chat_folder):
+    lm = load(chat_folder())
+    prompt = lm.template.prompt()
+    assert prompt.template_id.startswith("chat/")
+    assert prompt.before.decode() == "<|user|>Context: "
+    assert prompt.after.decode() == "\n\n"
+    assert lm.template.ask("Who?") == "Question: Who?<|end|>\n<|assistant|>"
+
+
+def test_earlier_turns_stand_before_the_context(chat_folder):
+    lm = load(chat_folder())
+    turns = (Turn("user", "Hello."), Turn("assistant", "Go on."))
+    before = lm.template.prompt(turns).before.decode()
+    assert before == "<|user|>Hello.<|end|>\n<|assistant|>Go on.<|end|>\n<|user|>Context: "
+    ids = lm.context_ids("Tavik is a town.", turns=turns)
+    assert len(ids) > len(lm.context_ids("Tavik is a town."))
+    assert answer(lm, prefill(lm, ids), "What is Tavik?", max_new_tokens=3).token_ids
+
+
+def test_another_chat_template_is_another_fingerprint(chat_folder, checkpoint):
+    chat = load(chat_folder()).fingerprint
+    plain = load(str(checkpoint("qwen2", "bfloat16"))).fingerprint
+    assert chat.template != plain.template
+    assert chat.weights == plain.weights
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no') }}", "cannot render"),
+        ("always the same", "does not keep the text"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not keep the text"),
+    ],
+)
+def test_chat_templates_that_cannot_serve_are_refused(chat_folder, template, message):
+    with pytest.raises(ModelError, match=message):
+        load(chat_folder(template))
+
+
+def test_roles_are_checked():
+    with pytest.raises(ContextError, match="role must be one of"):
+        Turn("tool", "x")
+
+
+def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(tiny):
+    assert template_for(tiny.tokenizer).template_id == "plain/1"
