@@ -40,7 +40,9 @@ def commands(text: str) -> list[list[str]]:
 
     blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    found = [shlex.split(line.partition(" | ")[2] if "| kvlink" in line else line, comments=True) for line in lines]
+    found = [
+        shlex.split(line.partition(" | ")[2] if "| kvlink" in line else line, comments=True) for line in lines
+    ]
     return [words[1:] for words in found if words[:1] == ["kvlink"]]
 
 

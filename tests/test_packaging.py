@@ -64,6 +64,11 @@ def test_the_wheel_works_in_an_empty_environment(wheel, tmp_path):
     )
     assert run.stdout.split()[0:1] == ["True"], run.stderr
     version = subprocess.run(
-        [str(folder / "bin" / "kvlink"), "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        [str(folder / "bin" / "kvlink"), "--version"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert version.stdout.startswith("kvlink ")

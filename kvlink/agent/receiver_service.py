@@ -49,7 +49,7 @@ class ReceiverSettings:
 
 @dataclass(slots=True)
 class _Staged:
-    """A transfer on its way in. `owner` is the stream that may feed it."""
+    """A transfer on its way in. `owner` is the stream that may feed it, one frame at a time."""
 
     intake: Intake
     manifest_frame: bytes
@@ -58,6 +58,7 @@ class _Staged:
     touched_at: float
     cache_id: str = ""
     receipt: Receipt = field(default_factory=Receipt)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class ReceiverService:
@@ -99,10 +100,11 @@ class ReceiverService:
         yield self._status(staged, "accepted")
         try:
             async for frame in frames:
-                if staged.owner is not me:
-                    raise RemoteProtocolError("another stream has taken this transfer over")
-                usable = intake.usable
-                await asyncio.to_thread(intake.take, frame)
+                async with staged.lock:
+                    if staged.owner is not me:
+                        raise RemoteProtocolError("another stream has taken this transfer over")
+                    usable = intake.usable
+                    await asyncio.to_thread(intake.take, frame)
                 staged.touched_at = time.monotonic()
                 if intake.usable and not usable:
                     yield self._status(staged, "durable")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import fnmatch
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -99,13 +100,14 @@ class SenderService:
         transfer = await asyncio.to_thread(
             self._pack, context, delivery.question, delivery.recipe, delivery.budget_bytes
         )
-        total = sum(len(frame) for frame in transfer.frames)
+        sent = list(itertools.accumulate(len(frame) for frame in transfer.frames))
+        total = sent[-1]
         yield Progress(0, total)
         status = PushStatus("failed", 0)
         wire_s, socket_bytes = 0.0, 0
         async for item in self._push(delivery.receiver, transfer):
             if isinstance(item, int):
-                yield Progress(sum(len(f) for f in transfer.frames[: item + 1]), total)
+                yield Progress(sent[item], total)
             else:
                 status, wire_s, socket_bytes = item
         rest_s = sum(status.receipt.stage_s.values())  # decode or read, at the receiver

@@ -15,12 +15,13 @@ import os
 import socket
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kvlink.errors import PeerUnavailableError
 from kvlink.eval.questions import Item, generated, prose, squad
@@ -103,15 +104,17 @@ def free_port() -> int:
 async def agent(kind: str, port: int, model: str, options: Sequence[str]) -> AsyncIterator[str]:
     """A sender or receiver process on loopback; its address once it serves."""
     address = f"127.0.0.1:{port}"
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads would block the agent
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "kvlink", kind, "--listen", address, "--model", model, *options,
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.DEVNULL, stderr=log,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
-        await _until_serving(kind, address, process)
+        await _until_serving(kind, address, process, log)
         yield address
     finally:
+        log.close()
         if process.returncode is None:
             process.terminate()
             try:
@@ -121,12 +124,15 @@ async def agent(kind: str, port: int, model: str, options: Sequence[str]) -> Asy
                 await process.wait()
 
 
-async def _until_serving(kind: str, address: str, process: asyncio.subprocess.Process) -> None:
+async def _until_serving(
+    kind: str, address: str, process: asyncio.subprocess.Process, log: IO[bytes]
+) -> None:
     client = SenderClient if kind == "sender" else ReceiverClient
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if process.returncode is not None:
-            stderr = await process.stderr.read() if process.stderr else b""
+            log.seek(0)
+            stderr = log.read()
             raise PeerUnavailableError(
                 f"the {kind} did not start: {stderr.decode(errors='replace').strip()[-800:]}"
             )

@@ -41,7 +41,7 @@ def fingerprint_of(model: Any, tokenizer: Any, template: Template, folder: Path 
     """The fingerprint of a loaded model; `folder` holds its checkpoint, None for one made in memory."""
     files = sorted(folder.glob("*.safetensors")) if folder else []
     return Fingerprint(
-        weights=_weights_of_files(files) if files else _weights_of_state(model.state_dict()),
+        weights=_weights_of_files(files) if files else _weights_of_model(model),
         architecture=_digest(_architecture(model.config)),
         rotary=_digest(_rotary(model)),
         tokenizer=_digest(_tokenizer(tokenizer)),
@@ -84,9 +84,16 @@ def _hash_tensor(total: Any, name: str, tensor: torch.Tensor) -> None:
     total.update(blake3(data.data, max_threads=blake3.AUTO).digest())
 
 
-def _weights_of_state(state: dict[str, torch.Tensor]) -> bytes:
+def _weights_of_model(model: Any) -> bytes:
+    """The digest that the model's checkpoint would have: tied weights are saved once.
+
+    Where transformers names tensors otherwise in memory than on disk (GPT-NeoX) the two differ:
+    then both ends must load from a directory.
+    """
+    state = model.state_dict()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     total = blake3()
-    for name in sorted(state):
+    for name in sorted(set(state) - set(tied)):
         _hash_tensor(total, name, state[name])
     return total.digest(length=16)
 

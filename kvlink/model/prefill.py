@@ -169,12 +169,13 @@ def _captured(lm: LanguageModel) -> Iterator[_Seen]:
     modules = [
         m for m in lm.model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")
     ]
-    handles = [module.register_forward_hook(hook) for module in modules]
     try:
         lm.model.set_attn_implementation("eager")
-        yield seen
     except ValueError as error:
         raise ModelError(f"{lm.name}: eager attention is not available: {error}") from error
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield seen
     finally:
         lm.model.set_attn_implementation(lm.attention)
         for handle in handles:

@@ -13,6 +13,7 @@ import ipaddress
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -31,6 +32,7 @@ log = logging.getLogger("kvlink.transport")
 MAX_MESSAGE_BYTES = 20_000_000
 """A text to read may be this large; frames have their own, smaller limit."""
 
+_THREADS = 64
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
@@ -276,9 +278,11 @@ class Server:
 
     async def run(self, started: Callable[[int], None], grace_s: float = 5.0) -> None:
         """Serve until SIGINT or SIGTERM, then stop gracefully."""
+        loop = asyncio.get_running_loop()
+        # A generation holds a thread while it streams; frames must still find one.
+        loop.set_default_executor(ThreadPoolExecutor(_THREADS))
         port = await self.start()
         stopping = asyncio.Event()
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stopping.set)
         started(port)

@@ -120,11 +120,14 @@ def shape_to_proto(shape: CacheShape) -> pb.CacheShape:
     )
 
 
+_MOST = {"layers": 4096, "kv_heads": 4096, "tokens": 2**24, "head_size": 65536}
+
+
 def shape_from_proto(message: pb.CacheShape) -> CacheShape:
-    for name in ("layers", "kv_heads", "tokens", "head_size"):
+    for name, most in _MOST.items():
         value = getattr(message, name)
-        if not 1 <= value <= 2**24:
-            raise RemoteProtocolError(f"shape.{name} must be from 1 to {2**24}, found {value}")
+        if not 1 <= value <= most:
+            raise RemoteProtocolError(f"shape.{name} must be from 1 to {most}, found {value}")
     if message.dtype not in ("bfloat16", "float16", "float32"):
         raise RemoteProtocolError(
             f"shape.dtype must be bfloat16, float16 or float32, found {message.dtype!r}"
@@ -172,6 +175,11 @@ def manifest_from_proto(message: pb.Manifest) -> Manifest:
         raise RemoteProtocolError(
             f"context digest: expected {DIGEST_BYTES} bytes, found {len(message.context_digest)}"
         )
+    for name in ("before", "after"):
+        try:
+            getattr(message.prompt, name).decode()
+        except UnicodeDecodeError as error:
+            raise RemoteProtocolError(f"prompt.{name} is not UTF-8: {error}") from error
     try:
         recipe = recipe_from_proto(message.recipe)
     except KvlinkError as error:

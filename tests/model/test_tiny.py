@@ -22,7 +22,15 @@ COUNT = 40
 def scores(tiny):
     """F1 by recipe over the same questions, the receiver's answers."""
     sender, receiver = Sender(tiny), Receiver(tiny)
-    recipes = ("raw", "int8", "q2c@0.25 raw", "q2c+draft@0.25 raw", "h2o@0.25 raw", "streaming@0.25 raw", "random@0.25 raw")
+    recipes = (
+        "raw",
+        "int8",
+        "q2c@0.25 raw",
+        "q2c+draft@0.25 raw",
+        "h2o@0.25 raw",
+        "streaming@0.25 raw",
+        "random@0.25 raw",
+    )
     found: dict[str, list[float]] = {recipe: [] for recipe in recipes}
     for item in itertools.islice(generated(991), COUNT):
         context = sender.read(item.context)

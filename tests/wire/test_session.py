@@ -242,6 +242,8 @@ HOSTILE = {
         RemoteProtocolError,
         "held tokens",
     ),
+    "many layers": (_at(0, _set("manifest.shape.layers", 5000)), RemoteProtocolError, "shape.layers"),
+    "prompt of no text": (_at(0, _set("manifest.prompt.before", b"\xff")), RemoteProtocolError, "not UTF-8"),
     "bits of 5": (_at(0, _set("manifest.recipe.keys.bits", 5)), RemoteProtocolError, "bits must be"),
     "nan retention": (
         _at(0, _set("manifest.recipe.selection.amount.value", float("nan"))),
