@@ -22,6 +22,7 @@ from kvlink.errors import CodecError, IdentityError
 from kvlink.model.generate import Answer, Step, answer, generate
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
 from kvlink.model.prefill import prefill
+from kvlink.model.restore import join
 from kvlink.payload import CacheShape, EncodedSegment, Part
 from kvlink.receipt import Receipt
 from kvlink.wire.file import read_frames
@@ -170,6 +171,10 @@ class Receiver:
     def read_file(self, source: BinaryIO) -> Held:
         """Take a transfer from a `.kvl` file."""
         return self.receive(read_frames(source))
+
+    def join(self, *held: Held) -> Held:
+        """Refused by name: contexts that were read apart cannot become one. Raises ContextError."""
+        join(*(one.cache for one in held))
 
     def answer(self, held: Held, question: str, **options: float) -> Answer:
         """Answer from a held context. Options as in `model.generate.generate`."""

@@ -39,6 +39,7 @@ def demo(
     n: Annotated[int, typer.Option(min=1, help="Generated questions, or questions of the file.")] = 20,
     seed: int = 7,
     recipe: Annotated[list[str] | None, typer.Option(help="Recipe to compare; repeat. Default: six.")] = None,
+    prose: Annotated[bool, typer.Option(help="Add the five questions over plain prose.")] = True,
     as_json: Json = False,
 ) -> None:
     """Start two agents on loopback, ask questions by each recipe, print what it cost and kept."""
@@ -49,7 +50,7 @@ def demo(
     recipes = recipe or list(PRESETS)
     for text in recipes:
         Recipe.parse(text)
-    items = choose_items(data, n, seed)
+    items = choose_items(data, n, seed, prose)
     with progress_bar(TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("asking", total=len(items) * len(recipes))
         work = run_demo(items, model, seed=seed, recipes=recipes, on_step=lambda: bar.advance(task))
@@ -93,7 +94,6 @@ def ask(
 
 
 async def _ask(delivery: Any, sender_at: str, max_new_tokens: int, as_json: bool) -> None:
-    from kvlink.plan import break_even
     from kvlink.show import print_json, print_receipt, receipt_dict
     from kvlink.transport.api import Ask
     from kvlink.transport.client import ReceiverClient, SenderClient
@@ -125,11 +125,17 @@ async def _ask(delivery: Any, sender_at: str, max_new_tokens: int, as_json: bool
         return
     screen.print(f"\n[dim]the sender itself:[/] {done.sender_answer}\n", highlight=False)
     print_receipt(screen, receipt)
-    rate = reader.prefill_tokens_per_s
-    if receipt.kept_tokens and delivery.text and rate:
-        read_s = receipt.context_tokens / rate
-        told = break_even(
-            receipt.wire_bytes, len(delivery.text.encode()), read_s, receipt.stage_s.get("decode", 0.0)
-        )
-        faster = "never" if told.rate_bps is None else f"above {told.rate_bps / 1e6:,.1f} Mbit/s"
-        screen.print(f"the cache beats the text {faster}: {told.reason}", highlight=False)
+    if receipt.kept_tokens and delivery.text:
+        _say_break_even(screen, receipt, len(delivery.text.encode()), reader.prefill_tokens_per_s)
+
+
+def _say_break_even(screen: Any, receipt: Any, text_bytes: int, tokens_per_s: float) -> None:
+    """Whether the text would have been the better choice, and on which links."""
+    from kvlink.plan import break_even
+
+    read_s, where = receipt.stage_s["prefill"], "as at the sender"
+    if tokens_per_s:
+        read_s, where = receipt.context_tokens / tokens_per_s, "as measured at the receiver"
+    told = break_even(receipt.wire_bytes, text_bytes, read_s, receipt.stage_s["decode"])
+    faster = "on no link" if told.rate_bps is None else f"above {told.rate_bps / 1e6:,.1f} Mbit/s"
+    screen.print(f"the cache beats the text {faster}: {told.reason} (reading {where})", highlight=False)

@@ -87,11 +87,11 @@ class Report:
         return asdict(self)
 
 
-def choose_items(data: Path | None, count: int, seed: int) -> list[Item]:
+def choose_items(data: Path | None, count: int, seed: int, with_prose: bool = True) -> list[Item]:
     """Generated questions and the five over prose, or the first `count` of a SQuAD file."""
     if data is not None:
         return squad(data)[:count]
-    return [*itertools.islice(generated(seed), count), *prose()]
+    return [*itertools.islice(generated(seed), count), *(prose() if with_prose else [])]
 
 
 def free_port() -> int:

@@ -8,7 +8,7 @@ Does not know: prompts, codecs. Place on the path: after prefill, before evidenc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -67,7 +67,7 @@ def view(lm: LanguageModel, cache: KVCache) -> DynamicCache:
     return out
 
 
-def join(*caches: KVCache) -> KVCache:
+def join(*caches: KVCache) -> NoReturn:
     """Refused: keys of two contexts that were read apart never saw each other."""
     raise ContextError(
         f"joining the caches of {len(caches)} contexts is not supported: their tokens never attended to each "

@@ -11,6 +11,8 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache
 
+from kvlink.agent.receiver import Receiver
+from kvlink.agent.sender import Sender
 from kvlink.errors import ConfigError, ContextError, ModelError, UnsupportedCacheError
 from kvlink.model.loading import check_config, load, wrap
 from kvlink.model.restore import extract, join, view
@@ -141,3 +143,10 @@ def test_a_dtype_that_no_cache_travels_in_is_refused(checkpoint):
     lm = load(str(checkpoint("qwen2", "float32", 5)))
     with pytest.raises(UnsupportedCacheError, match="float64"):
         wrap("wide", lm.model.double(), lm.tokenizer)
+
+
+def test_a_receiver_says_why_it_does_not_join_contexts(tiny):
+    receiver, sender = Receiver(tiny), Sender(tiny)
+    frames = [sender.pack(sender.read(text), "", "raw").frames for text in ("One text.", "Another text.")]
+    with pytest.raises(ContextError, match="never attended to each other"):
+        receiver.join(*(receiver.receive(f) for f in frames))
