@@ -22,7 +22,7 @@ from kvlink.errors import CodecError, IdentityError
 from kvlink.model.generate import Answer, Step, answer, generate
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
 from kvlink.model.prefill import prefill
-from kvlink.model.restore import join
+from kvlink.model.restore import cache_shape, join
 from kvlink.payload import CacheShape, EncodedSegment, Part
 from kvlink.receipt import Receipt
 from kvlink.wire.file import read_frames
@@ -57,6 +57,8 @@ class Intake:
         self.session = ReceiveSession(limits)
         self.held: Held | None = None
         self.usable = False
+        self.needed_bytes = 0
+        """Memory that the transfer will take, known once the manifest has been checked."""
         self._body: EncodedSegment | Part | None = None
         self._frame_bytes: list[int] = []
 
@@ -96,8 +98,11 @@ class Intake:
         shape = manifest.shape
         if shape.tokens >= lm.window:
             raise IdentityError(f"the context has {shape.tokens} tokens, the model's window {lm.window}")
+        own_shape = cache_shape(lm, shape.tokens)
         if manifest.mode == "kv":
-            _check_shape(shape, lm)
+            _check_shape(shape, own_shape)
+        # Coded bytes and the rebuilt cache exist together for a moment.
+        self.needed_bytes = 2 * own_shape.cache_bytes
 
     def _restore(self) -> Held:
         manifest, body = self.session.manifest, self._body
@@ -137,18 +142,12 @@ class Intake:
         return prefill(self._lm, ids)
 
 
-def _check_shape(shape: CacheShape, lm: LanguageModel) -> None:
-    config = lm.model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for name, here, there in (
-        ("layers", config.num_hidden_layers, shape.layers),
-        ("KV heads", heads, shape.kv_heads),
-        ("head size", size, shape.head_size),
-        ("dtype", lm.dtype, shape.dtype),
-    ):
-        if here != there:
-            raise IdentityError(f"{name}: here {here}, at the peer {there}")
+def _check_shape(there: CacheShape, here: CacheShape) -> None:
+    """Raise IdentityError unless a cache of that shape is one that this model would make."""
+    for name in ("layers", "kv_heads", "head_size", "dtype", "whole_layers"):
+        mine, theirs = getattr(here, name), getattr(there, name)
+        if mine != theirs:
+            raise IdentityError(f"{name.replace('_', ' ')}: here {mine}, at the peer {theirs}")
 
 
 class Receiver:

@@ -140,10 +140,8 @@ class ReceiverService:
             return known
         if sum(not staged.cache_id for staged in self._staged.values()) >= self.settings.max_transfers:
             raise LimitError(f"at most {self.settings.max_transfers} transfers at a time; try again later")
-        # Coded bytes and the rebuilt cache exist together for a moment.
-        reserved = 2 * manifest.shape.cache_bytes
-        self.store.reserve(reserved)
-        staged = _Staged(intake, frame, reserved, me, time.monotonic())
+        self.store.reserve(intake.needed_bytes)
+        staged = _Staged(intake, frame, intake.needed_bytes, me, time.monotonic())
         self._staged[manifest.transfer_id] = staged
         return staged
 

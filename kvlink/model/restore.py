@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from kvlink.cache import KVCache, LayerCache, full_positions
 from kvlink.errors import ContextError, IdentityError, UnsupportedCacheError
 from kvlink.model.loading import LanguageModel
+from kvlink.payload import CacheShape
 
 
 def extract(cache: Any, tokens: int, positions: Any = None) -> KVCache:
@@ -45,6 +46,21 @@ def extract(cache: Any, tokens: int, positions: Any = None) -> KVCache:
     if len(shapes) != 1 or any(d != v for _, d, v in shapes):
         raise UnsupportedCacheError(f"layers differ in heads or head size: {sorted(shapes)}")
     return KVCache(tuple(layers), tokens)
+
+
+def cache_shape(lm: LanguageModel, tokens: int) -> CacheShape:
+    """The shape that this model's own cache of `tokens` tokens would have."""
+    config = lm.model.config.get_text_config(decoder=True)
+    layers: list[Any] = DynamicCache(config=lm.model.config).layers
+    whole = tuple((i, min(tokens, x.sliding_window - 1)) for i, x in enumerate(layers) if x.is_sliding)
+    return CacheShape(
+        layers=len(layers),
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        tokens=tokens,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        dtype=lm.dtype,
+        whole_layers=whole,
+    )
 
 
 def view(lm: LanguageModel, cache: KVCache) -> DynamicCache:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -21,10 +22,12 @@ from kvlink.errors import (
     RecipeError,
     TruncatedError,
 )
+from kvlink.model.restore import cache_shape
 from kvlink.transport.api import Ask, PushStatus
 from kvlink.transport.client import grpc_bytes
 from kvlink.wire.session import ReceiveSession, SendSession
 from tests.agent.conftest import QUESTION, TEXT
+from tests.conftest import ARCHITECTURES
 from tests.relay import relay
 
 
@@ -269,6 +272,30 @@ async def test_a_forged_capability_does_not_help(pair, random_lm):
     frames = other.pack(other.read(TEXT), QUESTION, "raw").frames
     with pytest.raises(IdentityError, match="weights differ"):
         [item async for item in pair.target.push(frames)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 5}, "layers: here 4, at the peer 5"),
+        ({"kv_heads": 4}, "kv heads: here 2, at the peer 4"),
+        ({"whole_layers": ((1, 3),)}, "whole layers"),
+        ({"tokens": 600}, "the model's window 512"),
+    ],
+)
+def test_a_shape_that_this_model_would_not_make_is_refused_at_the_manifest(random_lm, change, message):
+    sender = Sender(random_lm("qwen2", "bfloat16"))
+    manifest = sender.pack(sender.read(TEXT), QUESTION, "raw").manifest
+    forged = replace(manifest, shape=replace(manifest.shape, **change))
+    with pytest.raises(IdentityError, match=message):
+        Receiver(sender.lm).receive([SendSession(forged).open()])
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_the_shape_that_a_model_expects_is_the_one_that_it_makes(random_lm, architecture):
+    sender = Sender(random_lm(architecture))
+    context = sender.read(TEXT)
+    assert cache_shape(sender.lm, context.cache.tokens) == context.cache.shape
 
 
 async def test_another_dtype_is_refused(pair, checkpoint):
