@@ -79,6 +79,11 @@ class Intake:
             elif isinstance(event, TransferComplete):
                 self.held = self._restore()
 
+    def release(self) -> None:
+        """Let go of the cache and the coded bytes; the session still tells where it is."""
+        self.held = None
+        self._body = None
+
     def _hold(self, body: EncodedSegment | Part) -> None:
         if self._body is not None:
             raise CodecError("this release restores transfers of one segment, found a second")

@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvlink._release import RELEASE
 from kvlink.agent.receiver import Held, Intake, Receiver
@@ -94,17 +95,18 @@ class ReceiverService:
         me = object()
         staged = self._admit(await _first(frames), me)
         intake = staged.intake
-        if staged.cache_id:
-            yield self._status(staged, "complete")
+        async with staged.lock:  # what an earlier stream brought last is counted
+            status = self._status(staged, "complete" if staged.cache_id else "accepted")
+        yield status
+        if status.state == "complete":
             return
-        yield self._status(staged, "accepted")
         try:
             async for frame in frames:
                 async with staged.lock:
                     if staged.owner is not me:
                         raise RemoteProtocolError("another stream has taken this transfer over")
                     usable = intake.usable
-                    await asyncio.to_thread(intake.take, frame)
+                    await _finish(asyncio.to_thread(intake.take, frame))
                 staged.touched_at = time.monotonic()
                 if intake.usable and not usable:
                     yield self._status(staged, "durable")
@@ -126,13 +128,16 @@ class ReceiverService:
 
     def _admit(self, frame: bytes, me: object) -> _Staged:
         """Open a transfer, or find the one that this manifest resumes."""
-        self._expire()
+        self.sweep()
         intake = Intake(self._receiver.lm, self.settings.limits)
         intake.take(frame)
         manifest = intake.manifest
         if manifest is None:
             raise RemoteProtocolError("frame 0: expected a manifest")
         known = self._staged.get(manifest.transfer_id)
+        if known is not None and known.cache_id and known.cache_id not in self.store:
+            self._drop(known)  # it was complete, and its cache is gone: take it anew
+            known = None
         if known is not None:
             if known.manifest_frame != frame:
                 raise RemoteProtocolError("frame 0: this transfer id belongs to another manifest")
@@ -150,7 +155,7 @@ class ReceiverService:
         staged.reserved_bytes = 0
         staged.receipt = held.receipt
         staged.cache_id = self.store.put(held, held.nbytes)
-        staged.intake.held = None  # the store's bound and lifetime decide from here on
+        staged.intake.release()  # the store's bound and lifetime decide from here on
         read_s = held.receipt.stage_s.get("read")
         if read_s:
             self._prefill_tokens_per_s = held.receipt.context_tokens / read_s
@@ -161,7 +166,9 @@ class ReceiverService:
         if staged.intake.manifest is not None:
             self._staged.pop(staged.intake.manifest.transfer_id, None)
 
-    def _expire(self) -> None:
+    def sweep(self) -> None:
+        """Forget what has expired: caches past their lifetime, broken transfers nobody resumed."""
+        self.store.sweep()
         oldest = time.monotonic() - self.settings.resume_lifetime_s
         for staged in [s for s in self._staged.values() if s.touched_at < oldest]:
             self._drop(staged)
@@ -171,7 +178,7 @@ class ReceiverService:
         return PushStatus(state, next_sequence, staged.cache_id, staged.receipt)  # type: ignore[arg-type]
 
     def transfer_status(self, transfer_id: bytes) -> PushStatus:
-        self._expire()
+        self.sweep()
         staged = self._staged.get(transfer_id)
         if staged is None:
             raise NotFoundError("no transfer with this id: never here, failed or expired")
@@ -208,6 +215,16 @@ async def _first(frames: AsyncIterator[bytes]) -> bytes:
     async for frame in frames:
         return frame
     raise TruncatedError("the stream ended before its first frame")
+
+
+async def _finish(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` to its end even when cancelled: a thread cannot be stopped half-way."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def _id(staged: _Staged) -> str:

@@ -70,6 +70,10 @@ class SenderService:
         lasting = min(lifetime_s or self.settings.context_lifetime_s, self.settings.context_lifetime_s)
         return Published(key, context.cache.tokens, context.cache.nbytes, context.prefill_s, int(lasting))
 
+    def sweep(self) -> None:
+        """Forget contexts past their lifetime."""
+        self.store.sweep()
+
     def unpublish(self, context_id: str) -> None:
         self.store.delete(context_id)
 

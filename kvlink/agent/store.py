@@ -71,6 +71,16 @@ class Store(Generic[T]):
             if self._entries.pop(key, None) is None:
                 raise NotFoundError(f"no {self._what} with this id: never there, deleted or expired")
 
+    def sweep(self) -> None:
+        """Forget what has expired, now rather than at the next call."""
+        with self._lock:
+            self._expire()
+
+    def __contains__(self, key: str) -> bool:
+        with self._lock:
+            self._expire()
+            return key in self._entries
+
     def reserve(self, nbytes: int) -> None:
         """Promise room for something on its way; `release` gives it back. Raises LimitError."""
         with self._lock:

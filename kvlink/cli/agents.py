@@ -55,7 +55,9 @@ def receiver(
         # Refuse an address before a model is loaded for it.
         check_listen(listen, insecure)
         service = ReceiverService(Receiver(model, device=device, dtype=dtype, attention=attn), settings)
-        await Server(listen, receiver=service, insecure=insecure).run(_announce("receiver", listen, model))
+        await Server(listen, receiver=service, insecure=insecure).run(
+            _announce("receiver", listen, model), service.sweep
+        )
 
     run(serve())
 
@@ -90,7 +92,9 @@ def sender(
     async def serve() -> None:
         check_listen(listen, insecure)
         service = SenderService(Sender(model, device=device, dtype=dtype, attention=attn), settings)
-        await Server(listen, sender=service, insecure=insecure).run(_announce("sender", listen, model))
+        await Server(listen, sender=service, insecure=insecure).run(
+            _announce("sender", listen, model), service.sweep
+        )
 
     run(serve())
 

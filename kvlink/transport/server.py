@@ -33,6 +33,7 @@ MAX_MESSAGE_BYTES = 20_000_000
 """A text to read may be this large; frames have their own, smaller limit."""
 
 _THREADS = 64
+_SWEEP_S = 5.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
@@ -276,8 +277,10 @@ class Server:
     async def wait(self) -> None:
         await self._server.wait_for_termination()
 
-    async def run(self, started: Callable[[int], None], grace_s: float = 5.0) -> None:
-        """Serve until SIGINT or SIGTERM, then stop gracefully."""
+    async def run(
+        self, started: Callable[[int], None], sweep: Callable[[], None], grace_s: float = 5.0
+    ) -> None:
+        """Serve until SIGINT or SIGTERM, then stop gracefully. `sweep` is called every few seconds."""
         loop = asyncio.get_running_loop()
         # A generation holds a thread while it streams; frames must still find one.
         loop.set_default_executor(ThreadPoolExecutor(_THREADS))
@@ -286,5 +289,10 @@ class Server:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stopping.set)
         started(port)
-        await stopping.wait()
+        while not stopping.is_set():
+            sweep()
+            try:
+                await asyncio.wait_for(stopping.wait(), _SWEEP_S)
+            except TimeoutError:
+                continue
         await self.stop(grace_s)

@@ -44,6 +44,8 @@ _FALLBACK: dict[grpc.StatusCode, type[KvlinkError]] = {
     grpc.StatusCode.UNAVAILABLE: errors.PeerUnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineError,
     grpc.StatusCode.CANCELLED: errors.PeerUnavailableError,
+    # Our agents say more than a bare INTERNAL: this one is gRPC's own, for a broken connection.
+    grpc.StatusCode.INTERNAL: errors.PeerUnavailableError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.LimitError,
     grpc.StatusCode.NOT_FOUND: errors.NotFoundError,
     grpc.StatusCode.UNIMPLEMENTED: errors.RemoteProtocolError,

@@ -20,6 +20,7 @@ from kvlink.errors import (
     NotFoundError,
     PeerUnavailableError,
     RecipeError,
+    RemoteProtocolError,
     TruncatedError,
 )
 from kvlink.model.restore import cache_shape
@@ -182,6 +183,52 @@ async def test_resume_does_not_send_again_what_has_arrived(pair, small_chunks):
     again = [item async for item in pair.target.push(frames)]
     assert [s.state for s in again] == ["complete"], "a transfer that is there is not sent again"
     assert again[0].cache_id == statuses[-1].cache_id
+    await pair.target.delete_cache(again[0].cache_id)
+    anew = [item.state async for item in pair.target.push(frames) if not isinstance(item, int)]
+    assert anew == ["accepted", "durable", "complete"], "a cache that is gone is taken anew"
+
+
+async def test_a_second_stream_takes_a_transfer_over(pair, small_chunks):
+    """The first stream's connection is taken for dead; its next frame is refused."""
+    sender = pair.sender._sender
+    frames = sender.pack(sender.read(TEXT), QUESTION, "raw").frames
+    more = asyncio.Event()
+
+    async def slow():
+        yield frames[0]
+        yield frames[1]
+        await more.wait()
+        yield frames[2]
+
+    first = pair.receiver.push_cache(slow())
+    assert (await anext(first)).state == "accepted"
+    waiting = asyncio.create_task(anext(first))
+    await asyncio.sleep(0.1)
+    statuses = [item async for item in pair.target.push(frames) if not isinstance(item, int)]
+    assert statuses[0].next_sequence == 2
+    assert statuses[-1].state == "complete"
+    more.set()
+    with pytest.raises(RemoteProtocolError, match="taken this transfer over"):
+        await waiting
+    assert await pair.answer(statuses[-1].cache_id) is not None
+
+
+async def test_broken_transfers_and_old_caches_are_forgotten(pair, small_chunks):
+    sender = pair.sender._sender
+    frames = sender.pack(sender.read(TEXT), QUESTION, "raw").frames
+
+    async def half():
+        for frame in frames[:9]:
+            yield frame
+
+    with pytest.raises(TruncatedError):
+        async for _ in pair.receiver.push_cache(half()):
+            pass
+    assert len(pair.receiver._staged) == 1
+    pair.receiver.settings = replace(pair.receiver.settings, resume_lifetime_s=-1.0)
+    pair.receiver.sweep()
+    assert pair.receiver._staged == {}
+    pair.receiver.store.reserve(pair.receiver.store.max_bytes)  # all room was given back
 
 
 def sender_id(frames) -> bytes:
