@@ -113,6 +113,8 @@ def test_ask_as_data(agents, context):
     told = json.loads(done.stdout)
     assert told["answer"] == told["sender_answer"]
     assert told["agrees"] is True
+    assert (told["mode"], told["recipe"]) == ("kv", "raw")
+    assert 0 < told["ttft_s"] < 60
     assert told["wire_bytes"] == sum(told["bytes"].values())
     assert set(told["stage_s"]) == {
         "prefill", "draft", "select", "encode", "wire", "decode", "first_token", "generate",

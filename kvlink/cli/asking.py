@@ -120,8 +120,15 @@ async def _ask(delivery: Any, sender_at: str, max_new_tokens: int, as_json: bool
         await target.delete_cache(done.cache_id)
     receipt = done.receipt.with_stages(**last.receipt.stage_s)
     if as_json:
-        own = {"answer": text.strip(), "sender_answer": done.sender_answer}
-        print_json({**own, "agrees": text.strip() == done.sender_answer, **receipt_dict(receipt)})
+        told = {
+            "mode": "kv" if receipt.kept_tokens else "text",
+            "recipe": delivery.recipe or receipt.recipe,
+            "answer": text.strip(),
+            "sender_answer": done.sender_answer,
+            "agrees": text.strip() == done.sender_answer,
+            "ttft_s": sum(s for name, s in receipt.stage_s.items() if name not in ("prefill", "generate")),
+        }
+        print_json({**told, **receipt_dict(receipt)})
         return
     screen.print(f"\n[dim]the sender itself:[/] {done.sender_answer}\n", highlight=False)
     print_receipt(screen, receipt)
