@@ -156,6 +156,10 @@ class ReceiverService:
         staged.receipt = held.receipt
         staged.cache_id = self.store.put(held, held.nbytes)
         staged.intake.release()  # the store's bound and lifetime decide from here on
+        receipt = held.receipt
+        log.info(
+            "transfer %s complete: %d bytes, %s", receipt.transfer_id, receipt.wire_bytes, receipt.recipe
+        )
         read_s = held.receipt.stage_s.get("read")
         if read_s:
             self._prefill_tokens_per_s = held.receipt.context_tokens / read_s

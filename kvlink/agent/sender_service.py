@@ -117,6 +117,7 @@ class SenderService:
         rest_s = sum(status.receipt.stage_s.values())  # decode or read, at the receiver
         stages = {**status.receipt.stage_s, "wire": max(0.0, wire_s - rest_s), "prefill": prefill_s}
         receipt = replace(transfer.receipt.with_stages(**stages), socket_bytes=socket_bytes)
+        log.info("transfer %s delivered to %s: %s", receipt.transfer_id, delivery.receiver, receipt)
         own = ""
         if delivery.answer_here:
             own = (await asyncio.to_thread(self._sender.answer, context, delivery.question)).text
