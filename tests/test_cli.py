@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from kvlink.eval.demo import free_port
 
 CONTEXT = (
     "The harbour lay quiet. Maret Olsun was born in Tavik. Nobody believed the part about the whale. " * 4
@@ -300,7 +299,9 @@ def test_a_taken_port_is_reported(agents, checkpoint):
 def test_a_receiver_that_dies_in_mid_delivery_is_reported(checkpoint, context):
     """The sender is told to deliver to a receiver that is killed first."""
     model = str(checkpoint("qwen2", "bfloat16"))
-    port = free_port()
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
     receiver = start("receiver", "--listen", f"127.0.0.1:{port}", "--model", model)
     sender = start("sender", "--listen", "127.0.0.1:0", "--model", model)
     try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import socket
+import re
 import statistics
 import sys
 import tempfile
@@ -94,58 +94,48 @@ def choose_items(data: Path | None, count: int, seed: int, with_prose: bool = Tr
     return [*itertools.islice(generated(seed), count), *(prose() if with_prose else [])]
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @asynccontextmanager
-async def agent(kind: str, port: int, model: str, options: Sequence[str]) -> AsyncIterator[str]:
-    """A sender or receiver process on loopback; its address once it serves."""
-    address = f"127.0.0.1:{port}"
-    log = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads would block the agent
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "kvlink", kind, "--listen", address, "--model", model, *options,
-        stdout=asyncio.subprocess.DEVNULL, stderr=log,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        await _until_serving(kind, address, process, log)
-        yield address
-    finally:
-        log.close()
-        if process.returncode is None:
-            process.terminate()
-            try:
-                await asyncio.wait_for(process.wait(), 10)
-            except TimeoutError:
-                process.kill()
-                await process.wait()
-
-
-async def _until_serving(
-    kind: str, address: str, process: asyncio.subprocess.Process, log: IO[bytes]
-) -> None:
-    client = SenderClient if kind == "sender" else ReceiverClient
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        if process.returncode is not None:
-            log.seek(0)
-            stderr = log.read()
-            raise PeerUnavailableError(
-                f"the {kind} did not start: {stderr.decode(errors='replace').strip()[-800:]}"
-            )
+async def agent(kind: str, model: str, options: Sequence[str] = ()) -> AsyncIterator[str]:
+    """A sender or receiver process on loopback, on a port of its own; its address once it serves."""
+    with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would block the agent
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "kvlink", kind, "--listen", "127.0.0.1:0", "--model", model, *options,
+            stdout=asyncio.subprocess.PIPE, stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
         try:
-            _, writer = await asyncio.open_connection(*address.split(":"))
-        except OSError:
-            await asyncio.sleep(0.1)
-            continue
-        writer.close()
-        async with client(address) as peer:
-            if await peer.health() == "SERVING":
-                return
-    raise PeerUnavailableError(f"the {kind} does not serve {address} within {START_S:g} s")
+            yield await _address(kind, process, log)
+        finally:
+            await _stop(process)
+
+
+async def _address(kind: str, process: asyncio.subprocess.Process, log: IO[bytes]) -> str:
+    """What the agent says it listens on. Raises PeerUnavailableError with its own last words."""
+    line = b""
+    if process.stdout is not None:
+        try:
+            line = await asyncio.wait_for(process.stdout.readline(), START_S)
+        except TimeoutError:
+            raise PeerUnavailableError(f"the {kind} does not serve within {START_S:g} s") from None
+    found = re.search(r"listens on (\S+)", line.decode())
+    if found is None:
+        log.seek(0)
+        raise PeerUnavailableError(
+            f"the {kind} did not start: {log.read().decode(errors='replace').strip()[-800:]}"
+        )
+    return found[1]
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    """Ask the agent to stop, and make it if it does not."""
+    if process.returncode is not None:
+        return
+    process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), 10)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
 
 
 async def deliver(sender: SenderClient, delivery: Delivery) -> Progress:
@@ -201,8 +191,8 @@ async def run_demo(
     """Start both agents, ask every item by every recipe, and sum up."""
     outcomes: dict[str, list[Outcome]] = {recipe: [] for recipe in recipes}
     async with (
-        agent("receiver", free_port(), model, options) as receiver_address,
-        agent("sender", free_port(), model, options) as sender_address,
+        agent("receiver", model, options) as receiver_address,
+        agent("sender", model, options) as sender_address,
         SenderClient(sender_address) as sender,
         ReceiverClient(receiver_address) as receiver,
     ):
