@@ -130,7 +130,7 @@ async def _ask(delivery: Any, sender_at: str, max_new_tokens: int, as_json: bool
         }
         print_json({**told, **receipt_dict(receipt)})
         return
-    screen.print(f"\n[dim]the sender itself:[/] {done.sender_answer}\n", highlight=False)
+    screen.print(f"\nthe sender itself: {done.sender_answer}\n", markup=False, highlight=False)
     print_receipt(screen, receipt)
     if receipt.kept_tokens and delivery.text:
         _say_break_even(screen, receipt, len(delivery.text.encode()), reader.prefill_tokens_per_s)
