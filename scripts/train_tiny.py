@@ -118,7 +118,7 @@ def encode_sample(passage: Passage, questions: int, rng: random.Random) -> Sampl
         text = rng.choice((question.text, *question.paraphrases))
         before, after = text.split(question.entity)
         out.breaks.append(len(out.ids))
-        out.add(ASK + before.rstrip(" ") if before.strip() else ASK)
+        out.add(f"{ASK} {before}".rstrip(" "))
         entity = out.add(" " + question.entity)
         out.add(after)
         out.add(ANSWER)
@@ -259,9 +259,10 @@ class Trainer:
             parameter.copy_(self.master[name])
 
 
-def _load_tokenizer(text: str) -> None:
+def use_tokenizer(tokenizer: Tokenizer) -> None:
+    """The tokenizer that `encode` cuts with."""
     global _TOKENIZER
-    _TOKENIZER = Tokenizer.from_str(text)
+    _TOKENIZER = tokenizer
 
 
 @torch.no_grad()
@@ -300,13 +301,14 @@ def main() -> None:
     parser.add_argument("--adam-lr", type=float, default=2e-3)
     parser.add_argument("--facts", type=float, nargs=2, default=(6.0, 44.0), help="facts at first, at last")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--start", type=Path, help="go on from these weights instead of new ones")
     parser.add_argument("--find-heads", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--attention-until", type=float, default=0.6, help="share of steps")
     parser.add_argument("--set", type=json.loads, default={}, help="changes to the model's configuration")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     tokenizer = train_tokenizer(args.vocab)
-    _load_tokenizer(tokenizer.to_str())
+    use_tokenizer(tokenizer)
     config = Qwen2Config(
         vocab_size=args.vocab, tie_word_embeddings=True, pad_token_id=PAD_ID, eos_token_id=EOS_ID,
         bos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
@@ -314,6 +316,8 @@ def main() -> None:
     )  # fmt: skip
     model = Qwen2ForCausalLM(config).to(args.device)
     initialize(model)
+    if args.start:
+        model.load_state_dict(Qwen2ForCausalLM.from_pretrained(args.start, dtype=torch.float32).state_dict())
     print(f"parameters {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M", flush=True)
     attention_loss = AttentionLoss(model)
     trainer = Trainer(model, args.muon_lr, args.adam_lr)
@@ -323,7 +327,7 @@ def main() -> None:
     for step in range(args.steps):
         progress = step / args.steps
         facts = args.facts[0] + (args.facts[1] - args.facts[0]) * min(1.0, progress / 0.5)
-        novel_share = 0.0 if step < 0.1 * args.steps else 0.2
+        novel_share = 0.0 if progress < 0.1 and not args.start else 0.2
         batch = make_batch(f"{args.seed}/{step}", args.tokens, facts, novel_share, 0.3).to(args.device)
         hidden = model.model(batch.ids, position_ids=batch.positions, use_cache=False).last_hidden_state[
             :, :-1
@@ -334,7 +338,7 @@ def main() -> None:
         rest = (target != PAD_ID) & ~answers & (torch.rand(target.shape, device=args.device) < 0.15)
         lm_loss = F.cross_entropy(model.lm_head(hidden[rest]).float(), target[rest])
         loss = loss + (0.3 if progress < 0.3 else 0.1) * lm_loss
-        weight = 0.5 * max(0.0, 1 - progress / args.attention_until)
+        weight = 0.5 * max(0.0, 1 - progress / args.attention_until) if args.attention_until else 0.0
         if weight:
             # One head looks at the first token of the entity's name, one at the last.
             first, last = batch.bind.clone(), batch.bind.clone()

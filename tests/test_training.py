@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from kvlink.agent.receiver import Receiver
 from kvlink.agent.sender import Sender
+from kvlink.eval.passages import make_passage
 from kvlink.model.loading import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,3 +38,20 @@ def test_a_few_steps_make_a_model_that_loads_and_the_same_seed_makes_the_same(tm
     held = receiver.receive(sender.pack(context, "Where was Mira Dosh born?", "raw").frames)
     own = sender.answer(context, "Where was Mira Dosh born?")
     assert receiver.answer(held, "Where was Mira Dosh born?").token_ids == own.token_ids
+
+
+def test_training_cuts_text_into_the_tokens_that_kvlink_reads(tiny, monkeypatch):
+    """One space too few before a question once made a trained model misread it."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    train = importlib.import_module("train_tiny")
+    train.use_tokenizer(tiny.tokenizer.backend_tokenizer)
+    rng = random.Random(3)
+    for _ in range(10):
+        passage = make_passage(rng, 20)
+        for question in passage.questions:
+            alone = replace(passage, questions=(replace(question, paraphrases=()),))
+            trained = train.encode_sample(alone, 1, rng).ids
+            read = tiny.context_ids(passage.text) + tiny.question_ids(question.text, 10)
+            assert trained[: len(read)] == read
+            assert tiny.tokenizer.decode(trained[len(read) : -1]) == " " + question.answer
+            assert trained[-1] == tiny.tokenizer.eos_token_id
