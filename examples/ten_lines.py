@@ -2,8 +2,8 @@
 
 import kvlink
 
-text = "Mira Voss was born in Tavik. Ren Holt was born in Lisket. Mira Voss plays the cello every evening."
-question = "Where was Mira Voss born?"
+text = "Jand Faris was born in Nibo. Rom Tecil was born in Naklo. Jand Faris plays the cello every evening."
+question = "Where was Jand Faris born?"
 
 sender, receiver = kvlink.Sender(), kvlink.Receiver()
 context = sender.read(text)

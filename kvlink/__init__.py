@@ -3,10 +3,10 @@
     import kvlink
 
     sender, receiver = kvlink.Sender(), kvlink.Receiver()
-    context = sender.read("Mira Voss was born in Tavik. …")
-    message = kvlink.pack(sender, context, "Where was Mira Voss born?", "q2c+draft@0.25 int4")
+    context = sender.read("Jand Faris was born in Nibo. …")
+    message = kvlink.pack(sender, context, "Where was Jand Faris born?", "q2c+draft@0.25 int4")
     held = kvlink.unpack(receiver, message)
-    print(receiver.answer(held, "Where was Mira Voss born?").text)
+    print(receiver.answer(held, "Where was Jand Faris born?").text)
 
 Torch and transformers load when first needed: importing the package is cheap.
 """

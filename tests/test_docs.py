@@ -23,7 +23,7 @@ def test_the_ten_lines_of_the_readme_run(capsys):
     assert body in (ROOT / "README.md").read_text(), "the README shows examples/ten_lines.py"
     runpy.run_path(str(ROOT / "examples" / "ten_lines.py"))
     answer, cost = capsys.readouterr().out.splitlines()
-    assert answer == "Tavik"
+    assert answer == "Nibo"
     assert "bits per element" in cost
 
 
@@ -83,4 +83,4 @@ def test_the_image_copies_what_is_there():
 
 
 def test_the_example_context_is_the_projects_prose():
-    assert (ROOT / "examples" / "harbour.txt").read_text().strip() == prose()[0].context
+    assert (ROOT / "examples" / "bakery.txt").read_text().strip() == prose()[1].context
