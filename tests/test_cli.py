@@ -225,6 +225,12 @@ BAD = {
     "no source": (["ask", "--question", "q"], 2, "either --context or --handle"),
     "bad handle": (["ask", "--handle", "http://x", "--question", "q"], 2, "expected a handle"),
     "bad budget": (["ask", "--context", "{good}", "--question", "q", "--budget", "lots"], 2, "200kB"),
+    "recipe, nobody dialled": (
+        ["ask", "--context", "{good}", "--question", "q", "--recipe", "q2c@50%"],
+        2,
+        "50%",
+    ),
+    "fetch recipe": (["fetch", "kvlink://127.0.0.1:9/x", "-o", "{out}", "--recipe", "zip9"], 2, "zip9"),
     "budget in tokens": (
         ["ask", "--context", "{good}", "--question", "q", "--budget", "5tok"],
         2,

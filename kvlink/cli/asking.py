@@ -24,6 +24,7 @@ from kvlink.cli.common import (
     RecipeText,
     SenderAt,
     budget_bytes,
+    checked_recipe,
     console,
     progress_bar,
     read_context,
@@ -84,7 +85,7 @@ def ask(
     delivery = Delivery(
         receiver=receiver_at,
         question=question,
-        recipe=recipe,
+        recipe=checked_recipe(recipe),
         context_id=at.context_id,
         text=read_context(context) if context else "",
         budget_bytes=budget_bytes(budget),

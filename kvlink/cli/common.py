@@ -79,6 +79,15 @@ def budget_bytes(text: str) -> int:
     return int(amount.value)
 
 
+def checked_recipe(text: str) -> str:
+    """The recipe as it was given, once it can be read: refused before anybody is dialled."""
+    from kvlink.recipe import Recipe
+
+    if text:
+        Recipe.parse(text)
+    return text
+
+
 def quiet() -> None:
     """Libraries keep their notes to themselves; standard output belongs to the result."""
     import transformers

@@ -25,6 +25,7 @@ from kvlink.cli.common import (
     RecipeText,
     SenderAt,
     budget_bytes,
+    checked_recipe,
     open_file,
     quiet,
     read_context,
@@ -94,7 +95,7 @@ def fetch(
     from kvlink.transport.handle import Handle
     from kvlink.wire.file import write_frames
 
-    at = Handle.parse(handle)
+    at, recipe = Handle.parse(handle), checked_recipe(recipe)
 
     async def work() -> list[bytes]:
         async with SenderClient(at.address) as source:
