@@ -15,7 +15,6 @@ they ship. Hidden matrices are trained by Muon, the rest by AdamW.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import time
@@ -290,7 +289,7 @@ def save(model: Qwen2ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5500)
@@ -302,68 +301,80 @@ def main() -> None:
     parser.add_argument("--facts", type=float, nargs=2, default=(6.0, 44.0), help="facts at first, at last")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--start", type=Path, help="go on from these weights instead of new ones")
-    parser.add_argument("--find-heads", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--attention-until", type=float, default=0.6, help="share of steps")
-    parser.add_argument("--set", type=json.loads, default={}, help="changes to the model's configuration")
-    args = parser.parse_args()
+    parser.add_argument("--attention-until", type=float, default=0.6, help="share of steps; 0: never")
+    return parser.parse_args()
+
+
+def build_model(vocab: int, start: Path | None, device: str) -> Qwen2ForCausalLM:
+    """A new model, or one with the weights of `start`, in float32."""
+    config = Qwen2Config(
+        vocab_size=vocab, tie_word_embeddings=True, pad_token_id=PAD_ID, eos_token_id=EOS_ID,
+        bos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **CONFIG,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).to(device)
+    initialize(model)
+    if start:
+        model.load_state_dict(Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
+    print(f"parameters {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M", flush=True)
+    return model
+
+
+def guidance(attention_loss: AttentionLoss, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The attention losses: bind (look at the entity's name) and find (look at the answer)."""
+    # One head looks at the first token of the entity's name, one at the last.
+    first, last = batch.bind.clone(), batch.bind.clone()
+    first[:, 3], last[:, 2] = first[:, 2] + 1, last[:, 3] - 1
+    bind = attention_loss(BIND_LAYER, 0, first, batch.positions)
+    bind = (bind + attention_loss(BIND_LAYER, 1, last, batch.positions)) / 2
+    heads = range(CONFIG["num_attention_heads"])
+    find = [attention_loss(FIND_LAYER, head, batch.find, batch.positions) for head in heads]
+    return bind, torch.stack(find).mean()
+
+
+def take_step(
+    model: Qwen2ForCausalLM, batch: Batch, attention_loss: AttentionLoss, progress: float, weight: float
+) -> dict[str, float]:
+    """Forward and backward of one batch; returns losses and accuracies by name."""
+    states = model.model(batch.ids, position_ids=batch.positions, use_cache=False).last_hidden_state[:, :-1]
+    target, answers = batch.ids[:, 1:], batch.labels[:, 1:] >= 0
+    logits = model.lm_head(states[answers]).float()
+    answer_loss = F.cross_entropy(logits, target[answers])
+    rest = (target != PAD_ID) & ~answers & (torch.rand(target.shape, device=target.device) < 0.15)
+    lm_loss = F.cross_entropy(model.lm_head(states[rest]).float(), target[rest])
+    loss = answer_loss + (0.3 if progress < 0.3 else 0.1) * lm_loss
+    told = {"loss": answer_loss.item(), "lm": lm_loss.item()}
+    if weight:
+        bind, find = guidance(attention_loss, batch)
+        loss = loss + weight * (bind + find)
+        told |= {"bind": bind.item(), "find": find.item()}
+    loss.backward()
+    right = (logits.argmax(-1) == target[answers]).float()
+    content = target[answers] != EOS_ID
+    return {**told, "right": right.mean().item(), "content": right[content].mean().item()}
+
+
+def main() -> None:
+    args = read_arguments()
     torch.manual_seed(args.seed)
     tokenizer = train_tokenizer(args.vocab)
     use_tokenizer(tokenizer)
-    config = Qwen2Config(
-        vocab_size=args.vocab, tie_word_embeddings=True, pad_token_id=PAD_ID, eos_token_id=EOS_ID,
-        bos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        **{**CONFIG, **args.set},
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config).to(args.device)
-    initialize(model)
-    if args.start:
-        model.load_state_dict(Qwen2ForCausalLM.from_pretrained(args.start, dtype=torch.float32).state_dict())
-    print(f"parameters {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M", flush=True)
-    attention_loss = AttentionLoss(model)
-    trainer = Trainer(model, args.muon_lr, args.adam_lr)
-    accuracy, began = 0.0, time.time()
+    model = build_model(args.vocab, args.start, args.device)
+    attention_loss, trainer = AttentionLoss(model), Trainer(model, args.muon_lr, args.adam_lr)
     log: dict[str, float] = defaultdict(float)
-
+    began = time.time()
     for step in range(args.steps):
         progress = step / args.steps
         facts = args.facts[0] + (args.facts[1] - args.facts[0]) * min(1.0, progress / 0.5)
         novel_share = 0.0 if progress < 0.1 and not args.start else 0.2
         batch = make_batch(f"{args.seed}/{step}", args.tokens, facts, novel_share, 0.3).to(args.device)
-        hidden = model.model(batch.ids, position_ids=batch.positions, use_cache=False).last_hidden_state[
-            :, :-1
-        ]
-        target, answers = batch.ids[:, 1:], batch.labels[:, 1:] >= 0
-        logits = model.lm_head(hidden[answers]).float()
-        loss = answer_loss = F.cross_entropy(logits, target[answers])
-        rest = (target != PAD_ID) & ~answers & (torch.rand(target.shape, device=args.device) < 0.15)
-        lm_loss = F.cross_entropy(model.lm_head(hidden[rest]).float(), target[rest])
-        loss = loss + (0.3 if progress < 0.3 else 0.1) * lm_loss
         weight = 0.5 * max(0.0, 1 - progress / args.attention_until) if args.attention_until else 0.0
-        if weight:
-            # One head looks at the first token of the entity's name, one at the last.
-            first, last = batch.bind.clone(), batch.bind.clone()
-            first[:, 3], last[:, 2] = first[:, 2] + 1, last[:, 3] - 1
-            bind = attention_loss(BIND_LAYER, 0, first, batch.positions)
-            bind = (bind + attention_loss(BIND_LAYER, 1, last, batch.positions)) / 2
-            find = sum(
-                attention_loss(FIND_LAYER, head, batch.find, batch.positions) for head in args.find_heads
-            ) / len(args.find_heads)
-            loss = loss + weight * (bind + find)
-            log["bind"] += bind.item()
-            log["find"] += find.item()
-        loss.backward()
+        for name, value in take_step(model, batch, attention_loss, progress, weight).items():
+            log[name] += value / 50
         warm, rate = min(1, (step + 1) / 100), min(1.0, (1 - progress) / 0.5)
         trainer.step(warm * max(rate, 0.02))
-        right = (logits.argmax(-1) == target[answers]).float().mean().item()
-        accuracy += 0.05 * (right - accuracy)
-        log["loss"] += answer_loss.item()
-        content = target[answers] != EOS_ID
-        log["content"] += (logits.argmax(-1) == target[answers])[content].float().mean().item()
-        log["lm"] += lm_loss.item()
         if step % 50 == 49:
-            means = " ".join(f"{name} {value / 50:.3f}" for name, value in log.items())
-            print(f"{step + 1} {means} acc {accuracy:.3f} facts {facts:.1f} batch {tuple(batch.ids.shape)} "
-                  f"{time.time() - began:.0f}s", flush=True)  # fmt: skip
+            means = " ".join(f"{name} {value:.3f}" for name, value in log.items())
+            print(f"{step + 1} {means} facts {facts:.1f} {time.time() - began:.0f}s", flush=True)
             log.clear()
         if step % 500 == 499:
             save(model, tokenizer, args.out)
