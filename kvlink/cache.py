@@ -11,7 +11,7 @@ between prefill and select, and between restore and generate.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -109,7 +109,6 @@ class Evidence:
     question_tokens: int = 0
     draft_tokens: int = 0
     window_tokens: int = 0
-    sliding_layers: frozenset[int] = field(default_factory=frozenset)
 
 
 def full_positions(heads: int, tokens: int, first: int = 0) -> Tensor:

@@ -67,7 +67,7 @@ class SenderService:
     async def publish(self, text: str, lifetime_s: int, turns: list[tuple[str, str]]) -> Published:
         context = await self._read(text, [Turn(role, content) for role, content in turns])
         key = self.store.put(context, context.nbytes, lifetime_s)
-        lasting = min(lifetime_s or self.settings.context_lifetime_s, self.settings.context_lifetime_s)
+        lasting = self.store.granted_s(lifetime_s)
         return Published(key, context.cache.tokens, context.cache.nbytes, context.prefill_s, int(lasting))
 
     def sweep(self) -> None:

@@ -21,7 +21,6 @@ T = TypeVar("T")
 class _Entry(Generic[T]):
     value: T
     nbytes: int
-    lifetime_s: float
     expires_at: float
     last_used: float
 
@@ -44,14 +43,17 @@ class Store(Generic[T]):
         self._reserved = 0
         self._lock = threading.Lock()
 
+    def granted_s(self, asked_s: float) -> float:
+        """The lifetime that a value gets: what was asked for, at most the store's; 0 asks for that."""
+        return min(asked_s or self.lifetime_s, self.lifetime_s)
+
     def put(self, value: T, nbytes: int, lifetime_s: float = 0.0) -> str:
         """Hold a value; returns its id, 16 random bytes as text. Raises LimitError."""
         with self._lock:
             self._make_room(nbytes)
             key = secrets.token_urlsafe(16)
             now = self._now()
-            lifetime_s = min(lifetime_s or self.lifetime_s, self.lifetime_s)
-            self._entries[key] = _Entry(value, nbytes, lifetime_s, now + lifetime_s, now)
+            self._entries[key] = _Entry(value, nbytes, now + self.granted_s(lifetime_s), now)
             return key
 
     def get(self, key: str) -> T:

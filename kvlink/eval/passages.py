@@ -14,7 +14,7 @@ value to its entity and cannot guess it from the relation alone.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -320,10 +320,3 @@ def make_passage(
     first = pieces[0]
     pieces[0] = Piece(first.text.removeprefix(" "), first.role, first.fact)
     return Passage(tuple(pieces), tuple(questions))
-
-
-def passages(seed: int, fact_counts: tuple[int, int], **shape: float) -> Iterator[Passage]:
-    """An endless, reproducible stream of passages with fact counts in the given range."""
-    rng = random.Random(f"passages/{seed}")
-    while True:
-        yield make_passage(rng, rng.randint(*fact_counts), **shape)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from kvlink.cache import Evidence, KVCache
 from kvlink.errors import ModelError, UnsupportedCacheError
@@ -62,7 +63,6 @@ def read_question(
         draft=drafted,
         question_tokens=asked,
         draft_tokens=len(draft),
-        sliding_layers=_sliding(cache),
     )
 
 
@@ -98,13 +98,10 @@ def read_context(lm: LanguageModel, ids: Sequence[int], needs: Collection[str], 
         window=last,
         mass=total if "mass" in needs else None,
         window_tokens=window,
-        sliding_layers=_sliding(extract(cache, tokens)),
     )
 
 
 def new_cache(lm: LanguageModel) -> Any:
-    from transformers.cache_utils import DynamicCache
-
     return DynamicCache(config=lm.model.config)
 
 
@@ -198,7 +195,3 @@ def _over_context(scores: Tensor, cache: KVCache, layer: int, tokens: int | None
         count = min(out.shape[1], cache.tokens, scores.shape[1])
         out[:, :count] = scores[:, :count]
     return out
-
-
-def _sliding(cache: KVCache) -> frozenset[int]:
-    return frozenset(i for i, layer in enumerate(cache.layers) if layer.sliding)

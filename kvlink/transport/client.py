@@ -10,7 +10,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -47,6 +47,8 @@ def grpc_bytes(message_bytes: Sequence[int]) -> int:
 
 class _Client:
     """A channel to one agent. Use as an async context manager."""
+
+    _stub_class: ClassVar[Any]
 
     def __init__(self, address: str) -> None:
         split_address(address)
@@ -97,20 +99,20 @@ class _Client:
         finally:
             call.cancel()
 
-    async def _capabilities(self, method: Any) -> Capabilities:
-        response = await self._unary(method, common_pb2.GetCapabilitiesRequest())
+    @property
+    def _stub(self) -> Any:
+        return self._stub_class(self._channel)
+
+    async def capabilities(self) -> Capabilities:
+        """What the agent is and can do."""
+        response = await self._unary(self._stub.GetCapabilities, common_pb2.GetCapabilitiesRequest())
         return convert.capabilities_from_proto(response.capabilities)
 
 
 class ReceiverClient(_Client):
     """Calls to a receiver agent."""
 
-    @property
-    def _stub(self) -> Any:
-        return receiver_pb2_grpc.ReceiverServiceStub(self._channel)
-
-    async def capabilities(self) -> Capabilities:
-        return await self._capabilities(self._stub.GetCapabilities)
+    _stub_class = receiver_pb2_grpc.ReceiverServiceStub
 
     async def push(self, frames: Sequence[bytes]) -> AsyncIterator[PushStatus | int]:
         """Send a transfer and yield the receiver's statuses, and frame numbers as they leave.
@@ -184,12 +186,7 @@ class ReceiverClient(_Client):
 class SenderClient(_Client):
     """Calls to a sender agent."""
 
-    @property
-    def _stub(self) -> Any:
-        return sender_pb2_grpc.SenderServiceStub(self._channel)
-
-    async def capabilities(self) -> Capabilities:
-        return await self._capabilities(self._stub.GetCapabilities)
+    _stub_class = sender_pb2_grpc.SenderServiceStub
 
     async def publish(
         self, text: str, lifetime_s: int = 0, turns: Sequence[tuple[str, str]] = ()

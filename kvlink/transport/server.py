@@ -105,8 +105,10 @@ def _stream(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIte
     return call
 
 
-class _Receiver:
-    def __init__(self, handler: ReceiverHandler) -> None:
+class _Agent:
+    """What both services answer alike."""
+
+    def __init__(self, handler: Any) -> None:
         self._handler = handler
 
     @_unary
@@ -114,6 +116,8 @@ class _Receiver:
         proto = convert.capabilities_to_proto(self._handler.capabilities())
         return common_pb2.GetCapabilitiesResponse(capabilities=proto)
 
+
+class _Receiver(_Agent):
     @_stream
     async def PushCache(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
         async for status in self._handler.push_cache(requests):
@@ -145,15 +149,7 @@ class _Receiver:
         return receiver_pb2.DeleteCacheResponse()
 
 
-class _Sender:
-    def __init__(self, handler: SenderHandler) -> None:
-        self._handler = handler
-
-    @_unary
-    async def GetCapabilities(self, request: Any, context: Any) -> Any:
-        proto = convert.capabilities_to_proto(self._handler.capabilities())
-        return common_pb2.GetCapabilitiesResponse(capabilities=proto)
-
+class _Sender(_Agent):
     @_unary
     async def PublishContext(self, request: Any, context: Any) -> Any:
         turns = [(turn.role, turn.content) for turn in request.earlier_turns]
@@ -225,7 +221,7 @@ def _handlers(service: Any, servicer: Any) -> Any:
 
 
 class Server:
-    """A listening agent. `await start()`, then `await wait()` or `await stop()`."""
+    """A listening agent. `await start()`, then `await stop()`; or `await run(…)`."""
 
     def __init__(
         self,
@@ -273,9 +269,6 @@ class Server:
         """Say NOT_SERVING, let calls in flight end within `grace_s`, then close."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
-
-    async def wait(self) -> None:
-        await self._server.wait_for_termination()
 
     async def run(
         self, started: Callable[[int], None], sweep: Callable[[], None], grace_s: float = 5.0

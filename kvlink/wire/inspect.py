@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from kvlink.errors import RemoteProtocolError
-from kvlink.payload import EncodedSegment, Part
+from kvlink.payload import EncodedSegment
 from kvlink.v1 import wire_pb2 as pb
 from kvlink.wire.file import FORMAT_VERSION, MAGIC, read_frames
 from kvlink.wire.session import ManifestReceived, ReceiveSession, SegmentReceived, TextReceived
@@ -63,10 +63,9 @@ def describe(source: BinaryIO) -> dict[str, Any]:
     }
 
 
-def _count(body: EncodedSegment | Part, kinds: dict[str, int]) -> None:
-    if isinstance(body, EncodedSegment):
-        for kind, count in body.bytes_by_kind().items():
-            kinds[kind] = kinds.get(kind, 0) + count
+def _count(body: EncodedSegment, kinds: dict[str, int]) -> None:
+    for kind, count in body.bytes_by_kind().items():
+        kinds[kind] = kinds.get(kind, 0) + count
 
 
 _SHOWN_BYTES = 12
