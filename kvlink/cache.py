@@ -11,6 +11,7 @@ between prefill and select, and between restore and generate.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -98,17 +99,29 @@ class Evidence:
 
     `question`: mean over question tokens and over the query heads of a group. `draft`: the same
     over the tokens of the sender's own short answer. `window`: over the last W context tokens
-    (SnapKV), 0 inside the window. `mass`: accumulated over all context queries (H2O).
-    Layers with a sliding window hold zeros. What was not asked for is None.
+    (SnapKV), 0 inside the window. `asked_window`: over the last W tokens of context and question
+    together. `mass`: accumulated over all context queries (H2O). `press`: scores of a kvpress
+    ScorerPress, in its own unit. Layers with a sliding window hold zeros. What was not asked for is None.
+
+    `window_tokens`, `asked_window_tokens`: context tokens inside the window.
     """
 
     question: Tensor | None = None
     draft: Tensor | None = None
     window: Tensor | None = None
+    asked_window: Tensor | None = None
     mass: Tensor | None = None
+    press: Tensor | None = None
     question_tokens: int = 0
     draft_tokens: int = 0
     window_tokens: int = 0
+    asked_window_tokens: int = 0
+
+    def only(self, names: Collection[str]) -> Evidence:
+        """The same without the tensors that are not in `names`: nobody sees more than was asked for."""
+        tensors = ("question", "draft", "window", "asked_window", "mass", "press")
+        hidden = {name: None for name in tensors if name not in names}
+        return replace(self, **hidden)  # type: ignore[arg-type]
 
 
 def full_positions(heads: int, tokens: int, first: int = 0) -> Tensor:

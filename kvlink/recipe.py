@@ -34,7 +34,9 @@ When = Literal["after", "during"]
 Axis = Literal["token", "channel"]
 Coder = Literal["identity", "zstd"]
 
-METHODS = ("all", "q2c", "q2c+draft", "snapkv", "h2o", "streaming", "random")
+METHODS = ("all", "q2c", "q2c+draft", "snapkv", "snapkv+question", "h2o", "streaming", "random")
+PRESS = "press:"
+"""Prefix of methods that score by a class of the kvpress package, such as `press:KnormPress`."""
 INTEGER_BITS = (8, 4, 3, 2, 1)
 SINK_COUNT = 4
 RECENT_COUNT = 8
@@ -107,8 +109,10 @@ class Selection:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise RecipeError(f"unknown selection {self.method!r}; known: {', '.join(METHODS)}")
+        if self.method not in METHODS and not re.fullmatch(PRESS + "[A-Za-z][A-Za-z0-9]{0,63}", self.method):
+            raise RecipeError(
+                f"unknown selection {self.method!r}; known: {', '.join(METHODS)}, {PRESS}NAME of a kvpress class"
+            )
         _one_of("scope", self.scope, ("shared", "head"))
         _one_of("when", self.when, ("after", "during"))
         if self.when == "during" and self.scope != "shared":
@@ -301,7 +305,7 @@ def _read_word(word: str, found: dict[str, Any], chosen: dict[str, Any]) -> None
     elif not value:
         if name == "text":
             raise RecipeError("text stands alone: no cache travels that a recipe could reduce")
-        if name in METHODS:
+        if name in METHODS or name.startswith(PRESS):
             raise RecipeError(f"{name} needs an amount, such as {name}@0.5")
         keys = Quantizer.parse(word, "channel")
         put(found, "keys", keys)

@@ -97,3 +97,123 @@ def print_demo(console: Console, report: dict[str, Any]) -> None:
         )
     for failure in report["failures"]:
         console.print(f"[bold red]failed[/] {failure}", highlight=False)
+
+
+_SHARE = "{:.0%}"
+_COLUMNS: dict[str, tuple[str, str]] = {
+    "mode": ("mode", "{}"),
+    "recipe": ("recipe", "{}"),
+    "question_shift": ("question", "{}"),
+    "layer": ("layer", "{}"),
+    "side": ("side", "{}"),
+    "energy_top5": ("energy in the top 5 %", "{:.1%}"),
+    "context_tokens": ("context", "{:.0f}"),
+    "chunk_bytes": ("chunk", "{:,}"),
+    "loss": ("loss", _SHARE),
+    "f1": ("F1", "{:.3f}"),
+    "share_of_full": ("of full", "{:.1%}"),
+    "interval": ("95 % of F1 − full", "{}"),
+    "em": ("EM", "{:.3f}"),
+    "agreement": ("agreement", "{:.1%}"),
+    "kl_mean": ("KL", "{:.2e}"),
+    "energy_keys": ("energy K", "{:.1%}"),
+    "energy_values": ("energy V", "{:.1%}"),
+    "logit_error": ("logit error", "{:.1e}"),
+    "wire_bytes": ("bytes", "{:,.0f}"),
+    "bits_per_element": ("bits/element", "{:.2f}"),
+    "total_bytes": ("with TCP/IP", "{:,.0f}"),
+    "total_formula": ("formula", "{:,.0f}"),
+    "difference": ("difference", "{:+.1%}"),
+    "differs": ("differs by more than 2 %", "{}"),
+    "overhead_share": ("beside codes", "{:.1%}"),
+    "resent_bytes": ("resent", "{:,.0f}"),
+    "resent_formula": ("formula", "{:,.0f}"),
+    "ack_bytes": ("acknowledgements", "{:,.0f}"),
+}
+"""Columns of the tables of `kvlink eval`, in their order: field, title, format."""
+
+_SHOWN = {
+    "spectrum": ("layer", "side", "energy_top5"),
+    "masking": ("mode", "recipe", "f1", "agreement", "kl_mean", "logit_error"),
+    "transfer": ("recipe", "agreement", "kl_mean", "wire_bytes", "bits_per_element"),
+    "overhead": (
+        "recipe", "context_tokens", "chunk_bytes", "wire_bytes", "bits_per_element", "total_bytes",
+        "total_formula", "difference", "overhead_share", "differs",
+    ),
+    "overhead, with loss": (
+        "loss", "wire_bytes", "resent_bytes", "resent_formula", "ack_bytes", "total_bytes", "difference", "differs",
+    ),
+}  # fmt: skip
+_ANSWERS = (
+    "recipe", "question_shift", "f1", "share_of_full", "interval", "em", "agreement", "kl_mean", "energy_keys",
+    "energy_values", "wire_bytes", "bits_per_element",
+)  # fmt: skip
+_PIVOTED = ("selection", "methods")
+
+
+def print_eval(console: Console, report: dict[str, Any]) -> None:
+    """The tables of an evaluation, one after another, and what the run says of itself."""
+    for run in report["runs"]:
+        console.print(
+            f"{run['model']} on {run['data']}: n = {run['n']}, seed {run['seed']}, "
+            f"{run['context_tokens']:.0f} context tokens on average, full F1 {run['f1_full']:.3f}",
+            highlight=False,
+        )
+    several = len({(row["model"], row["data"]) for row in report["rows"]}) > 1
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        name = "overhead, with loss" if "loss" in row else row["table"]
+        title = f"{name} · {row['model']} · {row['data']}" if several else name
+        groups.setdefault(title, []).append(row)
+    for title, rows in groups.items():
+        name = title.split(" · ")[0]
+        if name not in _PIVOTED:
+            console.print(_flat(title, rows, _SHOWN.get(name, _ANSWERS)))
+            continue
+        console.print(_pivot(title, rows))
+        seen = {row["selection"]: row["sees"] for row in rows}
+        console.print("sees: " + "; ".join(f"{n}: {what}" for n, what in seen.items()), highlight=False)
+    for note in report["notes"]:
+        console.print(note, highlight=False, markup=False)
+
+
+def _flat(title: str, rows: list[dict[str, Any]], names: tuple[str, ...]) -> Table:
+    """A row of the table for each row; columns that no row has are left out."""
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    rows = [{**row, "interval": _interval(row)} for row in rows]
+    shown = [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
+    if len({row.get("question_shift") for row in rows}) == 1 and "question_shift" in shown:
+        shown.remove("question_shift")
+    for name in shown:
+        text = name in ("mode", "recipe", "question_shift", "side", "differs")
+        table.add_column(_COLUMNS[name][0], justify="left" if text else "right", no_wrap=name == "recipe")
+    for row in rows:
+        values = (row.get(name) for name in shown)
+        table.add_row(
+            *("" if v is None else _COLUMNS[n][1].format(v) for n, v in zip(shown, values, strict=True))
+        )
+    return table
+
+
+def _pivot(title: str, rows: list[dict[str, Any]]) -> Table:
+    """F1 by retention, and in brackets its share of full: a line for each method, scope and shift."""
+    amounts = list(dict.fromkeys(row["retention"] for row in rows))
+    table = Table(title=f"{title}: F1 (of full)", title_justify="left", show_edge=False, pad_edge=False)
+    for name in ("selection", "scope", "method", "question"):
+        table.add_column(name, no_wrap=True)
+    for amount in amounts:
+        table.add_column(f"{amount:.0%}", justify="right")
+    lines: dict[tuple[str, ...], dict[float, str]] = {}
+    for row in rows:
+        key = tuple(row[n] for n in ("selection", "scope", "method", "question_shift"))
+        share = f" ({row['share_of_full']:.0%})" if row["share_of_full"] is not None else ""
+        lines.setdefault(key, {})[row["retention"]] = f"{row['f1']:.3f}{share}"
+    for key, cells in lines.items():
+        table.add_row(*key, *(cells.get(amount, "") for amount in amounts))
+    return table
+
+
+def _interval(row: dict[str, Any]) -> str | None:
+    if row.get("ci_low") is None:
+        return None
+    return f"{row['ci_low']:+.3f} … {row['ci_high']:+.3f}"

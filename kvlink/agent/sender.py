@@ -2,7 +2,7 @@
 
 `Sender.pack` is the sender's whole path:
 
-    draft → evidence → select → encode → frame
+    look (draft, evidence) → select → encode → frame
 
 Does not know: sockets (the service does). Place on the path: its first half.
 """
@@ -13,28 +13,30 @@ import secrets
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import torch
 from blake3 import blake3
 
 from kvlink.cache import Evidence, KVCache
 from kvlink.compress.codec import encode
 from kvlink.compress.lossless import pack_part
-from kvlink.compress.select import NEEDS, choose_positions, kept_count
+from kvlink.compress.select import choose_positions, kept_count, needs, score
 from kvlink.errors import ContextError, LimitError, RecipeError
 from kvlink.model.generate import Answer, answer
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
-from kvlink.model.prefill import prefill, read_context, read_question
+from kvlink.model.prefill import prefill, read_context, read_press, read_question
 from kvlink.model.template import Turn
 from kvlink.payload import EncodedSegment, Part, Prompt
 from kvlink.receipt import Receipt
-from kvlink.recipe import Amount, Recipe, Selection
+from kvlink.recipe import PRESS, Amount, Recipe, Selection
+from kvlink.transport.api import Explanation
 from kvlink.transport.client import grpc_bytes
 from kvlink.wire.file import write_frames
 from kvlink.wire.messages import TRANSFER_ID_BYTES, Manifest
-from kvlink.wire.session import SendSession
+from kvlink.wire.session import CHUNK_BYTES, SendSession
 
 DEFAULT_RECIPE = "q2c+draft@0.25 int4"
 DRAFT_TOKENS = 24
@@ -45,7 +47,7 @@ _FIT_ROUNDS = 6
 class Context:
     """A context that was read: its text, token ids and full cache.
 
-    `evidence` remembers what the context alone gives (snapkv, h2o), by (kind, window).
+    `evidence` remembers what the context alone gives (snapkv, h2o, a press), by (method, window).
     """
 
     text: str
@@ -53,7 +55,7 @@ class Context:
     prompt: Prompt
     cache: KVCache
     prefill_s: float
-    evidence: dict[tuple[frozenset[str], int], Evidence] = field(default_factory=dict)
+    evidence: dict[tuple[str, int], Evidence] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -64,6 +66,16 @@ class Context:
     @property
     def nbytes(self) -> int:
         return self.cache.nbytes + len(self.text) + 4 * len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the sender saw for one question before it chose: the evidence, the draft if one was
+    made, and the seconds that it took by stage."""
+
+    evidence: Evidence = field(default_factory=Evidence)
+    draft: Answer | None = None
+    stage_s: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +95,13 @@ class Transfer:
 class Sender:
     """Reads contexts with a model and packs what questions need of them."""
 
-    def __init__(self, model: str | LanguageModel = EMBEDDED, **options: str) -> None:
-        """`options`: device, dtype, attention, as for `model.loading.load`."""
+    def __init__(
+        self, model: str | LanguageModel = EMBEDDED, *, chunk_bytes: int = CHUNK_BYTES, **options: str
+    ) -> None:
+        """`chunk_bytes`: most bytes of a chunk. `options`: device, dtype, attention, as for
+        `model.loading.load`."""
         self.lm = load(model, **options) if isinstance(model, str) else model
+        self._chunk_bytes = chunk_bytes
 
     def read(self, text: str, turns: Sequence[Turn] = ()) -> Context:
         """Prefill `text`. Raises ContextError where it is empty or larger than the window."""
@@ -95,61 +111,97 @@ class Sender:
         cache = prefill(self.lm, ids)
         return Context(text, ids, prompt, cache, time.perf_counter() - began)
 
-    def answer(self, context: Context, question: str, **options: float) -> Answer:
+    def answer(self, context: Context, question: str, **options: Any) -> Answer:
         """What the sender itself answers, from its full cache."""
         return answer(self.lm, context.cache, question, **options)
 
+    def look(self, context: Context, question: str, selection: Selection) -> Look:
+        """Capture what `selection` looks at. Raises ContextError where the question is missing.
+
+        Serves every amount and scope of the same method and window.
+        """
+        needed, clock = needs(selection.method), _Clock()
+        if needed & {"question", "asked_window"} and not question.strip():
+            raise ContextError(f"selection {selection.method} needs the question, which is empty")
+        draft = None
+        if "draft" in needed:
+            draft = answer(self.lm, context.cache, question, max_new_tokens=DRAFT_TOKENS)
+        clock.lap("draft")
+        if "question" in needed:
+            ids = self.lm.question_ids(question, context.cache.tokens)
+            evidence = read_question(self.lm, context.cache, ids, draft.token_ids if draft else ())
+        elif "asked_window" in needed:
+            ids = self.lm.question_ids(question, context.cache.tokens)
+            evidence = read_context(self.lm, context.ids, needed, selection.window, ids)
+        else:
+            evidence = self._of_context(context, selection) if needed else Evidence()
+        clock.lap("select")
+        return Look(evidence, draft, clock.stage_s)
+
+    def explain(self, context: Context, question: str, transfer: Transfer) -> Explanation:
+        """What `transfer` chose of the context, token by token, beside what the question needs.
+
+        Captures the evidence once more. Raises ContextError where the question is missing.
+        """
+        shape, receipt = context.cache.shape, transfer.receipt
+        voting = Selection("q2c+draft", pool=1)
+        look = self.look(context, question, voting)
+        need = score(look.evidence, voting, shape)[0]
+        kept = torch.ones(shape.tokens)
+        chosen = transfer.manifest.recipe.selection
+        if transfer.manifest.recipe.mode == "kv" and chosen.method != "all":
+            # The amount as it came out: a budget or a share of mass is a count by now.
+            counted = replace(chosen, amount=Amount(receipt.kept_tokens, "count"))
+            evidence = self.look(context, question, chosen).evidence
+            sets = choose_positions(evidence, counted, shape).reshape(-1, receipt.kept_tokens)
+            kept = torch.zeros(len(sets), shape.tokens).scatter_(1, sets, 1.0).mean(0)
+        return Explanation(
+            tuple(self.lm.context_pieces(context.text, context.prompt)),
+            tuple((need / need.sum().clamp(min=1e-20)).tolist()),
+            tuple(kept.tolist()),
+        )
+
     def pack(
-        self, context: Context, question: str, recipe: Recipe | str = DEFAULT_RECIPE, budget_bytes: int = 0
+        self,
+        context: Context,
+        question: str,
+        recipe: Recipe | str = DEFAULT_RECIPE,
+        budget_bytes: int = 0,
+        look: Look | None = None,
     ) -> Transfer:
         """Reduce the context for `question` and frame it. `budget_bytes` overrides the retention.
 
+        `look`: what `look` gave for this question and method, where several recipes share it.
         Raises RecipeError, ContextError, LimitError (the budget is too small for any cache).
         """
         recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
         recipe = _with_budget(recipe, budget_bytes)
-        clock = _Clock()
         if recipe.mode == "text":
+            clock = _Clock()
             part = pack_part("text", context.text.encode(), recipe.coder)
             clock.lap("encode")
             return self._frame(context, recipe, part, clock, None)
-        draft = self._draft(context, question, recipe.selection)
-        clock.lap("draft")
-        evidence = self._evidence(context, question, recipe.selection, draft)
+        look = look or self.look(context, question, recipe.selection)
+        clock = _Clock(look.stage_s)
         if recipe.selection.amount.unit == "bytes":
-            clock.lap("select")
-            return self._fit(context, recipe, evidence, clock, draft)
-        kept = self._select(context, recipe.selection, evidence)
+            return self._fit(context, recipe, look.evidence, clock, look.draft)
+        kept = self._select(context, recipe.selection, look.evidence)
         clock.lap("select")
         segment = encode(kept, recipe)
         clock.lap("encode")
-        return self._frame(context, recipe, segment, clock, draft)
+        return self._frame(context, recipe, segment, clock, look.draft)
 
-    def _draft(self, context: Context, question: str, selection: Selection) -> Answer | None:
-        if "draft" not in NEEDS[selection.method]:
-            return None
-        self._need_question(question, selection)
-        return answer(self.lm, context.cache, question, max_new_tokens=DRAFT_TOKENS)
-
-    def _need_question(self, question: str, selection: Selection) -> None:
-        if not question.strip():
-            raise ContextError(f"selection {selection.method} needs the question, which is empty")
-
-    def _evidence(
-        self, context: Context, question: str, selection: Selection, draft: Answer | None
-    ) -> Evidence:
-        needs = NEEDS[selection.method]
-        if "question" in needs:
-            self._need_question(question, selection)
-            ids = self.lm.question_ids(question, context.cache.tokens)
-            return read_question(self.lm, context.cache, ids, draft.token_ids if draft else ())
-        if not needs:
-            return Evidence()
-        key = (needs, selection.window)
+    def _of_context(self, context: Context, selection: Selection) -> Evidence:
+        """Evidence that serves every question over the context; captured once."""
+        method, window = selection.method, selection.window
         with context.lock:
-            if key not in context.evidence:
-                context.evidence[key] = read_context(self.lm, context.ids, needs, selection.window)
-            return context.evidence[key]
+            if (method, window) not in context.evidence:
+                if method.startswith(PRESS):
+                    found = read_press(self.lm, context.ids, method.removeprefix(PRESS))
+                else:
+                    found = read_context(self.lm, context.ids, needs(method), window)
+                context.evidence[method, window] = found
+            return context.evidence[method, window]
 
     def _select(self, context: Context, selection: Selection, evidence: Evidence) -> KVCache:
         if selection.method == "all":
@@ -207,7 +259,7 @@ class Sender:
             context_digest=context.digest,
             text_bytes=len(context.text.encode()) if recipe.mode == "text" else 0,
         )
-        session = SendSession(manifest)
+        session = SendSession(manifest, self._chunk_bytes)
         frames = (session.open(), *session.segment(body), session.end())
         kinds = {"text": body.coded_bytes} if isinstance(body, Part) else body.bytes_by_kind()
         receipt = Receipt(
@@ -249,8 +301,8 @@ def _least(selection: Selection) -> Selection:
 class _Clock:
     """Seconds by stage, one lap after another."""
 
-    def __init__(self) -> None:
-        self.stage_s: dict[str, float] = {}
+    def __init__(self, stage_s: Mapping[str, float] | None = None) -> None:
+        self.stage_s: dict[str, float] = dict(stage_s or {})
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:

@@ -19,8 +19,8 @@ from kvlink.agent.store import Store
 from kvlink.errors import AccessError, IdentityError, LimitError, RemoteProtocolError, TransportError
 from kvlink.model.template import Turn
 from kvlink.receipt import Capabilities
-from kvlink.recipe import Recipe
-from kvlink.transport.api import Delivery, Progress, Published, PushStatus
+from kvlink.recipe import PRESS, Recipe
+from kvlink.transport.api import Delivery, Explanation, Progress, Published, PushStatus
 from kvlink.transport.client import ReceiverClient
 from kvlink.transport.sockets import SocketCount
 
@@ -31,13 +31,17 @@ LOOPBACK_PEERS = ("127.0.0.1:*", "localhost:*", "[[]::1]:*")
 
 @dataclass(frozen=True, slots=True)
 class SenderSettings:
-    """Bounds of a sender agent. `peers`: receivers that may be dialled, as host:port patterns."""
+    """Bounds of a sender agent. `peers`: receivers that may be dialled, as host:port patterns.
+
+    `presses`: whether a caller's recipe may name a class of kvpress, which imports that package.
+    """
 
     max_held_bytes: int = 8_000_000_000
     context_lifetime_s: float = 3600.0
     max_text_bytes: int = 16_000_000
     peers: tuple[str, ...] = LOOPBACK_PEERS
     default_recipe: str = DEFAULT_RECIPE
+    presses: bool = False
     attempts: int = 3
     retry_pause_s: float = 0.5
 
@@ -97,7 +101,11 @@ class SenderService:
     async def deliver_cache(self, delivery: Delivery) -> AsyncIterator[Progress]:
         """Pack, dial the receiver, compare identities, push; then say what it cost."""
         self._allow(delivery.receiver)
-        Recipe.parse(delivery.recipe or self.settings.default_recipe)
+        self._recipe(delivery.recipe)
+        if delivery.explain and delivery.context_id:
+            raise AccessError(
+                "only who sends the text is told what was chosen of it; a handle does not show it"
+            )
         async with ReceiverClient(delivery.receiver) as peer:
             await self._compare(peer, delivery)
         context, prefill_s = await self._context(delivery)
@@ -121,7 +129,10 @@ class SenderService:
         own = ""
         if delivery.answer_here:
             own = (await asyncio.to_thread(self._sender.answer, context, delivery.question)).text
-        yield Progress(total, total, True, status.cache_id, own, receipt)
+        told = Explanation()
+        if delivery.explain:
+            told = await asyncio.to_thread(self._sender.explain, context, delivery.question, transfer)
+        yield Progress(total, total, True, status.cache_id, own, receipt, told)
 
     async def _push(
         self, address: str, transfer: Transfer
@@ -151,7 +162,7 @@ class SenderService:
     async def _compare(self, peer: ReceiverClient, delivery: Delivery) -> None:
         """Identity before bytes: nothing is read or packed for a receiver that cannot use it."""
         there = await peer.capabilities()
-        mode = Recipe.parse(delivery.recipe or self.settings.default_recipe).mode
+        mode = self._recipe(delivery.recipe).mode
         self._sender.lm.fingerprint.require_match(there.fingerprint, mode)
         if mode == "kv" and there.dtype != self._sender.lm.dtype:
             raise IdentityError(f"dtype: here {self._sender.lm.dtype}, at the peer {there.dtype}")
@@ -172,7 +183,14 @@ class SenderService:
         return context
 
     def _pack(self, context: Context, question: str, recipe: str, budget_bytes: int) -> Transfer:
-        return self._sender.pack(context, question, recipe or self.settings.default_recipe, budget_bytes)
+        return self._sender.pack(context, question, self._recipe(recipe), budget_bytes)
+
+    def _recipe(self, text: str) -> Recipe:
+        """The caller's recipe or the default one. Raises RecipeError, AccessError."""
+        recipe = Recipe.parse(text or self.settings.default_recipe)
+        if recipe.selection.method.startswith(PRESS) and not self.settings.presses:
+            raise AccessError(f"{recipe.selection.method}: this sender imports no kvpress for its callers")
+        return recipe
 
     def _allow(self, address: str) -> None:
         """Nobody dials an address that the peer list does not allow."""

@@ -21,7 +21,7 @@ import typer
 
 from kvlink import errors
 from kvlink._release import RELEASE
-from kvlink.cli import agents, asking, files
+from kvlink.cli import agents, asking, evaluating, files
 
 _HELP = """One agent hands over what it has read: selected, compressed KV caches over gRPC.
 
@@ -47,6 +47,7 @@ for command in (
     agents.health,
 ):
     app.command()(command)
+app.command("eval")(evaluating.evaluate)
 
 EXIT_CODES: dict[type[errors.KvlinkError], int] = {
     errors.InputError: 2,

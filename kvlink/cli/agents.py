@@ -69,6 +69,9 @@ def sender(
     dtype: Dtype = "auto",
     attn: Attn = "auto",
     insecure: Insecure = False,
+    press: Annotated[
+        bool, typer.Option("--press", help="Let recipes name classes of kvpress, which imports it.")
+    ] = False,
     peer: Annotated[
         list[str] | None, typer.Option(help="Receiver that may be dialled, host:port; repeat.")
     ] = None,
@@ -84,6 +87,7 @@ def sender(
     set_up_log(log_level)
     quiet()
     settings = SenderSettings(
+        presses=press,
         max_held_bytes=budget_bytes(max_held),
         context_lifetime_s=context_lifetime_s,
         peers=tuple(peer) if peer else LOOPBACK_PEERS,

@@ -17,11 +17,13 @@ from kvlink.cli.common import (
     SENDER,
     Budget,
     Ctx,
+    Data,
     Json,
     Model,
     Question,
     ReceiverAt,
     RecipeText,
+    ReportFile,
     SenderAt,
     budget_bytes,
     checked_recipe,
@@ -34,13 +36,12 @@ from kvlink.cli.common import (
 
 def demo(
     model: Model = "kvlink-tiny",
-    data: Annotated[
-        Path | None, typer.Option(help="SQuAD-format JSON instead of generated passages.")
-    ] = None,
+    data: Data = "generated",
     n: Annotated[int, typer.Option(min=1, help="Generated questions, or questions of the file.")] = 20,
     seed: int = 7,
     recipe: Annotated[list[str] | None, typer.Option(help="Recipe to compare; repeat. Default: six.")] = None,
     prose: Annotated[bool, typer.Option(help="Add the five questions over plain prose.")] = True,
+    report: ReportFile = None,
     as_json: Json = False,
 ) -> None:
     """Start two agents on loopback, ask questions by each recipe, print what it cost and kept."""
@@ -51,16 +52,19 @@ def demo(
     recipes = recipe or list(PRESETS)
     for text in recipes:
         Recipe.parse(text)
+    require_report(report)
     items = choose_items(data, n, seed, prose)
     with progress_bar(TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("asking", total=len(items) * len(recipes))
-        work = run_demo(items, model, seed=seed, recipes=recipes, on_step=lambda: bar.advance(task))
-        report = run(work).to_dict()
+        found = run(run_demo(items, model, seed=seed, recipes=recipes, on_step=lambda: bar.advance(task)))
+    if report is not None:
+        write_story(report, found.story)
+    told = found.to_dict()
     if as_json:
-        print_json(report)
+        print_json(told)
     else:
-        print_demo(console(), report)
-    if report["failures"]:
+        print_demo(console(), told)
+    if told["failures"]:
         raise typer.Exit(1)
 
 
@@ -73,6 +77,7 @@ def ask(
     sender_at: SenderAt = SENDER,
     receiver_at: ReceiverAt = RECEIVER,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="0: the receiver's default.")] = 0,
+    report: ReportFile = None,
     as_json: Json = False,
 ) -> None:
     """Let the sender deliver what the question needs, and the receiver answer it."""
@@ -81,6 +86,9 @@ def ask(
 
     if bool(context) == bool(handle):
         raise errors.ConfigError("give either --context or --handle")
+    if report is not None and handle:
+        raise errors.ConfigError("a report shows the context: give --context, a handle does not open it")
+    require_report(report)
     at = Handle.parse(handle) if handle else Handle(sender_at, "")
     delivery = Delivery(
         receiver=receiver_at,
@@ -90,11 +98,35 @@ def ask(
         text=read_context(context) if context else "",
         budget_bytes=budget_bytes(budget),
         answer_here=True,
+        explain=report is not None,
     )
-    run(_ask(delivery, at.address, max_new_tokens, as_json))
+    run(_ask(delivery, at.address, max_new_tokens, as_json, report))
 
 
-async def _ask(delivery: Any, sender_at: str, max_new_tokens: int, as_json: bool) -> None:
+def require_report(file: Path | None) -> None:
+    """Refuse before anything runs where the report could not be written."""
+    from kvlink import page
+
+    if file is None:
+        return
+    page.require()
+    if not file.parent.is_dir():
+        raise errors.ConfigError(f"no directory {str(file.parent)!r} to write the report in")
+
+
+def write_story(file: Path, story: dict[str, Any]) -> None:
+    from kvlink import page
+    from kvlink.page.story import compose
+
+    try:
+        file.write_text(page.story_page(compose(**story)), encoding="utf-8")
+    except OSError as error:
+        raise errors.ConfigError(f"cannot write the report {file}: {error.strerror}") from error
+
+
+async def _ask(
+    delivery: Any, sender_at: str, max_new_tokens: int, as_json: bool, report: Path | None
+) -> None:
     from kvlink.show import print_json, print_receipt, receipt_dict
     from kvlink.transport.api import Ask
     from kvlink.transport.client import ReceiverClient, SenderClient
@@ -120,6 +152,13 @@ async def _ask(delivery: Any, sender_at: str, max_new_tokens: int, as_json: bool
         reader = await target.capabilities()
         await target.delete_cache(done.cache_id)
     receipt = done.receipt.with_stages(**last.receipt.stage_s)
+    if report is not None:
+        story = {
+            "question": delivery.question, "answer": text.strip(), "sender_answer": done.sender_answer,
+            "text": delivery.text, "receipt": receipt, "told": done.explanation,
+            "reads_tokens_per_s": reader.prefill_tokens_per_s,
+        }  # fmt: skip
+        write_story(report, story)
     if as_json:
         told = {
             "mode": "kv" if receipt.kept_tokens else "text",

@@ -23,6 +23,7 @@ T = TypeVar("T")
 SENDER, RECEIVER = "127.0.0.1:50051", "127.0.0.1:50052"
 
 Model = Annotated[str, typer.Option(help="Model name or directory; kvlink-tiny is built in.")]
+Data = Annotated[str, typer.Option(help="generated[:SEED], squad:FILE or trivia:FILE.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
 Attn = Annotated[str, typer.Option(help="Attention implementation: auto, sdpa, eager, …")]
@@ -30,6 +31,7 @@ Json = Annotated[bool, typer.Option("--json", help="Data instead of text, on sta
 Ctx = Annotated[str, typer.Option("--context", help="File with the context, or - for standard input.")]
 Question = Annotated[str, typer.Option(help="The question.")]
 RecipeText = Annotated[str, typer.Option(help="How the cache is reduced, such as 'q2c+draft@0.25 int4'.")]
+ReportFile = Annotated[Path | None, typer.Option(help="Write the story of a transfer as an HTML page.")]
 Budget = Annotated[str, typer.Option(help="Bytes for the whole transfer, such as 200kB; sets the retention.")]
 SenderAt = Annotated[str, typer.Option("--sender", help="Address of the sender.")]
 ReceiverAt = Annotated[str, typer.Option("--receiver", help="Address of the receiver.")]
@@ -43,7 +45,9 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def console() -> Console:
-    return Console(soft_wrap=True)
+    """Standard output; wide where it is no terminal, so that tables in files keep their columns."""
+    plain = Console(soft_wrap=True)
+    return plain if plain.is_terminal else Console(soft_wrap=True, width=140)
 
 
 def progress_bar(*columns: Any) -> Progress:

@@ -1,4 +1,4 @@
-"""Which positions of a context the receiver needs: six methods side by side.
+"""Which positions of a context the receiver needs: the methods side by side.
 
 Each method turns `Evidence` into scores `[L, Hkv, T]`; `choose_positions` turns scores into
 positions by the same rules for all of them. What a method sees is written at its name.
@@ -17,18 +17,39 @@ from torch import Tensor
 from kvlink.cache import Evidence
 from kvlink.errors import RecipeError
 from kvlink.payload import CacheShape
-from kvlink.recipe import Selection
+from kvlink.recipe import PRESS, Selection
 
-NEEDS: dict[str, frozenset[str]] = {
+_NEEDS: dict[str, frozenset[str]] = {
     "all": frozenset(),
     "q2c": frozenset({"question"}),
     "q2c+draft": frozenset({"question", "draft"}),
     "snapkv": frozenset({"window"}),
+    "snapkv+question": frozenset({"asked_window"}),
     "h2o": frozenset({"mass"}),
     "streaming": frozenset(),
     "random": frozenset(),
 }
-"""The evidence that each method sees, by the field names of `Evidence`."""
+
+SEES: dict[str, str] = {
+    "question": "context and question",
+    "draft": "the sender's draft",
+    "window": "context",
+    "asked_window": "context and question",
+    "mass": "context",
+    "press": "context",
+}
+"""What a method has seen, by the evidence that it needs; for the tables."""
+
+
+def needs(method: str) -> frozenset[str]:
+    """The evidence that a method sees, by the field names of `Evidence`; it is given no other."""
+    return frozenset({"press"}) if method.startswith(PRESS) else _NEEDS[method]
+
+
+def sees(method: str) -> str:
+    """What a method looks at before it chooses, in words."""
+    found = [SEES[need] for need in sorted(needs(method), reverse=True)]
+    return ", ".join(found) if found else "nothing"
 
 
 def kept_count(selection: Selection, tokens: int) -> int:
@@ -105,8 +126,21 @@ def _snapkv(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tens
     quarter of a context that is shorter than four windows, and at most half of what is kept.
     """
     window = _needed(evidence.window, "window")
+    return _observed(window, evidence.window_tokens, selection, shape)
+
+
+def _snapkv_question(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tensor:
+    """snapkv as its paper runs it: the window is the end of the whole prompt, the question included.
+
+    Sees the context and the question. Source: arXiv 2404.14469.
+    """
+    window = _needed(evidence.asked_window, "asked_window")
+    return _observed(window, evidence.asked_window_tokens, selection, shape)
+
+
+def _observed(window: Tensor, kept: int, selection: Selection, shape: CacheShape) -> Tensor:
+    """Pooled attention of an observation window; its own `kept` context tokens come first."""
     scores = _pool(_normalise(window, selection.sinks), selection.pool)
-    kept = evidence.window_tokens
     if selection.amount.unit in ("ratio", "count"):
         kept = min(kept, kept_count(selection, shape.tokens) // 2)
     if kept:
@@ -143,10 +177,16 @@ def _random(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tens
     return torch.rand((shape.layers, shape.kv_heads, shape.tokens), generator=generator)
 
 
+def _press(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tensor:
+    """The scores of a kvpress ScorerPress as they are. Sees the context only."""
+    return _needed(evidence.press, "press")
+
+
 SCORERS: dict[str, Callable[[Evidence, Selection, CacheShape], Tensor]] = {
     "q2c": _q2c,
     "q2c+draft": _q2c_draft,
     "snapkv": _snapkv,
+    "snapkv+question": _snapkv_question,
     "h2o": _h2o,
     "streaming": _streaming,
     "random": _random,
@@ -158,7 +198,8 @@ def score(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tensor
 
     Raises RecipeError where the evidence that the method needs was not captured.
     """
-    scores = SCORERS[selection.method](evidence, selection, shape).float()
+    scorer = _press if selection.method.startswith(PRESS) else SCORERS[selection.method]
+    scores = scorer(evidence.only(needs(selection.method)), selection, shape).float()
     if selection.scope == "shared":
         full = [i for i in range(shape.layers) if i not in dict(shape.whole_layers)]
         return scores[full].sum((0, 1))[None]

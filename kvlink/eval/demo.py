@@ -10,7 +10,6 @@ Does not know: how a transfer is made. Place on the path: outside it, as a user 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import re
 import statistics
@@ -19,57 +18,19 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 from typing import IO, Any
 
 from kvlink.errors import PeerUnavailableError
-from kvlink.eval.questions import Item, generated, prose, squad
-from kvlink.eval.score import f1, interval
-from kvlink.recipe import PRESETS, Recipe
+from kvlink.eval.questions import Item, load_items, prose
+from kvlink.eval.rows import Outcome, Row, summarise
+from kvlink.eval.score import exact_match, f1
+from kvlink.recipe import PRESETS
 from kvlink.transport.api import Ask, Delivery, Progress
 from kvlink.transport.client import ReceiverClient, SenderClient
 
 INT8_AGREEMENT = 0.99
 START_S = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One question by one recipe."""
-
-    answer: str
-    own_answer: str
-    f1: float
-    f1_full: float
-    agrees: bool
-    wire_bytes: int
-    bits_per_element: float
-    ttft_s: float
-    context_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row of the table.
-
-    `f1_low`, `f1_high`: 95 % bootstrap interval. `agreement`: share of answers equal to the
-    sender's own, letter for letter. `wire_bytes`: mean a question. `ttft_s`: median, seconds.
-    """
-
-    mode: str
-    recipe: str
-    recipe_full: str
-    n: int
-    f1: float
-    f1_low: float
-    f1_high: float
-    f1_full: float
-    agreement: float
-    wire_bytes: float
-    bits_per_element: float
-    ttft_s: float
-    context_tokens: float
 
 
 @dataclass(slots=True)
@@ -82,16 +43,18 @@ class Report:
     by_source: dict[str, dict[str, float]]
     failures: list[str] = field(default_factory=list)
     examples: list[dict[str, Any]] = field(default_factory=list)
+    story: dict[str, Any] = field(default_factory=dict)
+    """What `page.story.compose` takes, of one more transfer of the first question."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "story"}
+        return {**data, "rows": [row.to_dict() for row in self.rows]}
 
 
-def choose_items(data: Path | None, count: int, seed: int, with_prose: bool = True) -> list[Item]:
-    """Generated questions and the five over prose, or the first `count` of a SQuAD file."""
-    if data is not None:
-        return squad(data)[:count]
-    return [*itertools.islice(generated(seed), count), *(prose() if with_prose else [])]
+def choose_items(data: str, count: int, seed: int, with_prose: bool = True) -> list[Item]:
+    """`count` questions of the data; with generated ones also the five over prose."""
+    items = load_items(data, count, seed)
+    return [*items, *prose()] if with_prose and data.startswith("generated") else items
 
 
 @asynccontextmanager
@@ -162,13 +125,15 @@ async def ask_once(
     return Outcome(
         answer=answer.strip(),
         own_answer=own_answer,
-        f1=f1(answer, item.answers),
-        f1_full=f1(own_answer, item.answers),
+        f1=f1(answer, item.answers, item.rules),
+        f1_full=f1(own_answer, item.answers, item.rules),
+        em=exact_match(answer, item.answers, item.rules),
         agrees=answer.strip() == own_answer,
         wire_bytes=done.receipt.wire_bytes,
         bits_per_element=done.receipt.bits_per_element,
         ttft_s=ttft_s,
         context_tokens=done.receipt.context_tokens,
+        kept_tokens=done.receipt.kept_tokens or done.receipt.context_tokens,
     )
 
 
@@ -210,11 +175,32 @@ async def run_demo(
                 )
                 on_step()
             await sender.unpublish(published.context_id)
-    return _sum_up(items, model, seed, outcomes)
+        story = await _tell(sender, receiver, items[0], list(recipes)[-1])
+    return replace(_sum_up(items, model, seed, outcomes), story=story)
+
+
+async def _tell(sender: SenderClient, receiver: ReceiverClient, item: Item, recipe: str) -> dict[str, Any]:
+    """One transfer in all its parts, read anew so that the prefill is in it."""
+    delivery = Delivery(
+        receiver.address, item.question, recipe, text=item.context, answer_here=True, explain=True
+    )
+    done = await deliver(sender, delivery)
+    answer, receipt = "", done.receipt
+    async for piece in receiver.generate(Ask(done.cache_id, item.question)):
+        answer += piece.text
+        receipt = done.receipt.with_stages(**piece.receipt.stage_s)
+    await receiver.delete_cache(done.cache_id)
+    reader = await receiver.capabilities()
+    return {
+        "question": item.question, "answer": answer.strip(), "sender_answer": done.sender_answer,
+        "text": item.context, "receipt": receipt, "told": done.explanation,
+        "reads_tokens_per_s": reader.prefill_tokens_per_s,
+    }  # fmt: skip
 
 
 def _sum_up(items: Sequence[Item], model: str, seed: int, outcomes: dict[str, list[Outcome]]) -> Report:
-    rows = [_row(recipe, found) for recipe, found in outcomes.items()]
+    known: dict[str, Any] = {"table": "demo", "model": model, "data": items[0].source, "seed": seed}
+    rows = [summarise(recipe, found, **known) for recipe, found in outcomes.items()]
     sources: dict[str, dict[str, float]] = {}
     for source in dict.fromkeys(item.source for item in items):
         chosen = [i for i, item in enumerate(items) if item.source == source]
@@ -225,7 +211,7 @@ def _sum_up(items: Sequence[Item], model: str, seed: int, outcomes: dict[str, li
     report = Report(model, seed, rows, sources)
     for row in rows:
         need = {"raw": 1.0, "int8": INT8_AGREEMENT}.get(row.recipe)
-        if need is not None and row.agreement < need:
+        if need is not None and row.agreement is not None and row.agreement < need:
             report.failures.append(
                 f"{row.recipe} agrees with the sender's own answers on {row.agreement:.1%}, expected {need:.0%}"
             )
@@ -240,24 +226,3 @@ def _sum_up(items: Sequence[Item], model: str, seed: int, outcomes: dict[str, li
             }
         )
     return report
-
-
-def _row(recipe: str, found: Sequence[Outcome]) -> Row:
-    mean = statistics.fmean
-    parsed = Recipe.parse(recipe)
-    low, high = interval([o.f1 for o in found])
-    return Row(
-        mode=parsed.mode,
-        recipe=recipe,
-        recipe_full=str(parsed),
-        n=len(found),
-        f1=mean(o.f1 for o in found),
-        f1_low=low,
-        f1_high=high,
-        f1_full=mean(o.f1_full for o in found),
-        agreement=mean(o.agrees for o in found),
-        wire_bytes=mean(o.wire_bytes for o in found),
-        bits_per_element=mean(o.bits_per_element for o in found),
-        ttft_s=statistics.median(o.ttft_s for o in found),
-        context_tokens=mean(o.context_tokens for o in found),
-    )

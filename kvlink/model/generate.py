@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,10 +51,12 @@ def generate(
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     temperature: float = 0.0,
     seed: int = 0,
+    visible: Tensor | None = None,
 ) -> Iterator[Step]:
     """Answer `question` from `cache`, a token at a time. Works on its own view of the cache.
 
-    `temperature` 0 is greedy. Raises ContextError where the window is too small.
+    `temperature` 0 is greedy. `visible` `[T]` bool: positions of a full cache that may be attended
+    to, for comparisons with a cache that holds no others. Raises ContextError where the window is too small.
     """
     if max_new_tokens < 1:
         raise ContextError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -66,7 +69,7 @@ def generate(
     tokens: list[int] = []
     told = ""
     for _ in range(max_new_tokens):
-        logits = next_logits(lm, state, ids, position)[-1]
+        logits = next_logits(lm, state, ids, position, visible)[-1]
         position += len(ids)
         token = _pick(logits, temperature, sampler)
         tokens.append(token)
@@ -84,9 +87,9 @@ def generate(
         ids = [token]
 
 
-def answer(lm: LanguageModel, cache: KVCache, question: str, **options: float) -> Answer:
+def answer(lm: LanguageModel, cache: KVCache, question: str, **options: Any) -> Answer:
     """The whole answer as text without the space around it. Options as in `generate`."""
-    steps = list(generate(lm, cache, question, **options))  # type: ignore[arg-type]
+    steps = list(generate(lm, cache, question, **options))
     return Answer(
         "".join(step.text for step in steps).strip(),
         tuple(step.token_id for step in steps),
@@ -96,16 +99,21 @@ def answer(lm: LanguageModel, cache: KVCache, question: str, **options: float) -
 
 
 @torch.inference_mode()
-def next_logits(lm: LanguageModel, state: object, ids: Sequence[int], position: int) -> Tensor:
+def next_logits(
+    lm: LanguageModel, state: object, ids: Sequence[int], position: int, visible: Tensor | None = None
+) -> Tensor:
     """Logits `[len(ids), V]` float32 of tokens read at `position …`; fills `state`.
 
-    The mask spans the logical length: sliding-window layers count from it.
+    The mask spans the logical length: sliding-window layers count from it. `visible`: see `generate`.
     """
     device = lm.model.device
+    mask = torch.ones(1, position + len(ids), dtype=torch.long, device=device)
+    if visible is not None:
+        mask[0, : len(visible)] = visible
     with lm.lock:
         out = lm.model(
             input_ids=torch.tensor([list(ids)], device=device),
-            attention_mask=torch.ones(1, position + len(ids), dtype=torch.long, device=device),
+            attention_mask=mask,
             position_ids=torch.arange(position, position + len(ids), device=device)[None],
             past_key_values=state,
             use_cache=True,

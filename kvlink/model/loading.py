@@ -73,6 +73,18 @@ class LanguageModel:
             )
         return ids
 
+    def context_pieces(self, text: str, prompt: Prompt) -> list[str]:
+        """The tokens of `context_ids` as text, for people: joined they are the text."""
+        whole = prompt.before.decode() + text + prompt.after.decode()
+        special = self.template.special_tokens
+        if not self.tokenizer.is_fast:
+            ids = self.tokenizer(whole, add_special_tokens=special)["input_ids"]
+            return [self.tokenizer.decode([i]) for i in ids]
+        found = self.tokenizer(whole, add_special_tokens=special, return_offsets_mapping=True)
+        ends = [end for _, end in found["offset_mapping"]]
+        starts = [0, *(max(ends[: i + 1]) for i in range(len(ends) - 1))]
+        return [whole[a:b] for a, b in zip(starts, ends, strict=True)]
+
     def _encode(self, text: str, special: bool) -> list[int]:
         try:
             text.encode()

@@ -9,6 +9,7 @@ Does not know: selection rules, codecs, peers. Place on the path: first at the s
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from kvlink.cache import Evidence, KVCache
-from kvlink.errors import ModelError, UnsupportedCacheError
+from kvlink.errors import ConfigError, ModelError, UnsupportedCacheError
 from kvlink.model.loading import LanguageModel
 from kvlink.model.restore import extract, view
 
@@ -66,23 +67,27 @@ def read_question(
     )
 
 
-def read_context(lm: LanguageModel, ids: Sequence[int], needs: Collection[str], window: int) -> Evidence:
-    """Evidence that only the context gives: `window` (SnapKV) and `mass` (H2O).
+def read_context(
+    lm: LanguageModel, ids: Sequence[int], needs: Collection[str], window: int, question: Sequence[int] = ()
+) -> Evidence:
+    """Evidence from reading the context once more, in blocks of queries.
 
-    Reads the context once more, in blocks. A window is at most a quarter of the context, rounded up.
+    `needs`: `window` (SnapKV) and `mass` (H2O), which only the context gives; `asked_window`, whose
+    window ends with the tokens of `question`. A window is at most a quarter of what is read, rounded up.
     """
-    tokens = len(ids)
-    window = max(1, min(window, -(-tokens // 4)))
+    tokens, asked = len(ids), [*ids, *question] if "asked_window" in needs else list(ids)
+    window = max(1, min(window, -(-len(asked) // 4)))
+    inside = max(0, window - (len(asked) - tokens))
     total: Tensor | None = None
     last: Tensor | None = None
     cache = new_cache(lm)
     with lm.lock:
-        for start, stop, wanted in _blocks(tokens, window, "mass" in needs):
+        for start, stop, wanted in _blocks(len(asked), window, "mass" in needs):
             if not wanted:
-                _forward(lm, ids[start:stop], cache, start, seen=start)
+                _forward(lm, asked[start:stop], cache, start, seen=start)
                 continue
             with _captured(lm) as seen:
-                _forward(lm, ids[start:stop], cache, start, seen=start)
+                _forward(lm, asked[start:stop], cache, start, seen=start)
             held = extract(cache, stop)
             sums = torch.stack(
                 [
@@ -91,14 +96,78 @@ def read_context(lm: LanguageModel, ids: Sequence[int], needs: Collection[str], 
                 ]
             )
             total = sums if total is None else total + sums
-            if stop == tokens:
+            if stop == len(asked):
                 last = sums / (stop - start)
-                last[..., tokens - window :] = 0
+                last[..., tokens - inside :] = 0
     return Evidence(
-        window=last,
+        window=last if "window" in needs else None,
+        asked_window=last if "asked_window" in needs else None,
         mass=total if "mass" in needs else None,
-        window_tokens=window,
+        window_tokens=inside,
+        asked_window_tokens=inside,
     )
+
+
+def read_press(lm: LanguageModel, ids: Sequence[int], name: str) -> Evidence:
+    """The scores that the class `name` of the kvpress package gives every position.
+
+    Its `score` is called as its own hook would call it: during one prefill, with the attention
+    layer, its inputs, keys and values. Attention weights reach it where the model runs eager
+    attention. Raises ConfigError where kvpress or the class is missing, or the class scores nothing.
+    """
+    press = _make_press(name)
+    cache, scores = new_cache(lm), dict[int, Tensor]()
+
+    def hook(module: Any, arguments: Any, named: dict[str, Any], output: Any) -> None:
+        layer = cache.layers[module.layer_idx]
+        if layer.is_sliding:
+            return
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        try:
+            found = press.score(module, named["hidden_states"], layer.keys, layer.values, weights, named)
+        except Exception as error:  # foreign code: it may raise anything
+            raise ConfigError(f"kvpress {name} cannot score layer {module.layer_idx}: {error!r}") from error
+        if tuple(found.shape) != tuple(layer.keys.shape[:3]):
+            raise ConfigError(
+                f"kvpress {name}: expected scores {tuple(layer.keys.shape[:3])}, got {tuple(found.shape)}"
+            )
+        scores[module.layer_idx] = found[0].float().cpu()
+
+    with lm.lock:
+        if hasattr(press, "post_init_from_model"):
+            press.post_init_from_model(lm.model)
+        handles = [m.register_forward_hook(hook, with_kwargs=True) for m in _attention_layers(lm)]
+        try:
+            _forward(lm, ids, cache, 0, seen=0)
+        finally:
+            for handle in handles:
+                handle.remove()
+    heads = extract(cache, len(ids)).layers[0].keys.shape[0]
+    whole = torch.zeros(heads, len(ids))
+    return Evidence(press=torch.stack([scores.get(i, whole) for i in range(len(cache.layers))]))
+
+
+def _make_press(name: str) -> Any:
+    """A kvpress ScorerPress with its defaults. Imported only here: importing it patches attention."""
+    try:
+        package = importlib.import_module("kvpress")
+    except ImportError as error:
+        raise ConfigError(
+            f"press:{name} needs the package kvpress, which cannot be imported: {error}"
+        ) from error
+    kind = getattr(package, name, None)
+    if kind is None or not callable(getattr(kind, "score", None)):
+        raise ConfigError(f"kvpress has no class {name} with a score method")
+    try:
+        return kind()
+    except Exception as error:  # foreign code: presses that need arguments say so in many ways
+        raise ConfigError(f"kvpress {name} cannot be made without arguments: {error!r}") from error
+
+
+def _attention_layers(lm: LanguageModel) -> list[Any]:
+    return [
+        m for m in lm.model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")
+    ]
 
 
 def new_cache(lm: LanguageModel) -> Any:
@@ -163,14 +232,11 @@ def _captured(lm: LanguageModel) -> Iterator[_Seen]:
             raise UnsupportedCacheError(f"{type(module).__name__} does not return its attention weights")
         seen.by_layer[module.layer_idx] = output[1][0].float().cpu()
 
-    modules = [
-        m for m in lm.model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")
-    ]
     try:
         lm.model.set_attn_implementation("eager")
     except ValueError as error:
         raise ModelError(f"{lm.name}: eager attention is not available: {error}") from error
-    handles = [module.register_forward_hook(hook) for module in modules]
+    handles = [module.register_forward_hook(hook) for module in _attention_layers(lm)]
     try:
         yield seen
     finally:

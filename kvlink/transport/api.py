@@ -46,6 +46,20 @@ class Delivery:
     text: str = ""
     budget_bytes: int = 0
     answer_here: bool = False
+    explain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What a delivery chose, a figure for each token of the context in its prompt.
+
+    `tokens`: as text. `need`: share of the votes of question and draft, sum 1. `kept`: share of
+    layers and heads that keep it, 0 where it was not sent.
+    """
+
+    tokens: tuple[str, ...] = ()
+    need: tuple[float, ...] = ()
+    kept: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +72,7 @@ class Progress:
     cache_id: str = ""
     sender_answer: str = ""
     receipt: Receipt = field(default_factory=Receipt)
+    explanation: Explanation = field(default_factory=Explanation)
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,6 +227,7 @@ class SenderClient(_Client):
             budget_bytes=delivery.budget_bytes,
             receiver=delivery.receiver,
             answer_here=delivery.answer_here,
+            explain=delivery.explain,
         )
         if delivery.context_id:
             request.context_id = delivery.context_id
@@ -240,4 +241,5 @@ class SenderClient(_Client):
                 message.cache_id,
                 message.sender_answer,
                 convert.receipt_from_proto(message.receipt),
+                convert.explanation_from_proto(message.explanation),
             )

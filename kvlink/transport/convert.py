@@ -5,9 +5,10 @@ Does not know: sockets, agents. Place on the path: just inside the services.
 
 from __future__ import annotations
 
+from kvlink.errors import RemoteProtocolError
 from kvlink.receipt import Capabilities, Receipt
-from kvlink.transport.api import PushState, PushStatus
-from kvlink.v1 import common_pb2, receiver_pb2
+from kvlink.transport.api import Explanation, PushState, PushStatus
+from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
 from kvlink.wire.messages import fingerprint_from_proto, fingerprint_to_proto
 
 _STATES: dict[PushState, receiver_pb2.TransferState] = {
@@ -45,6 +46,20 @@ def receipt_from_proto(message: common_pb2.Receipt) -> Receipt:
         bytes=dict(message.bytes),
         socket_bytes=message.socket_bytes,
     )
+
+
+def explanation_to_proto(value: Explanation) -> sender_pb2.Explanation:
+    return sender_pb2.Explanation(tokens=value.tokens, need=value.need, kept=value.kept)
+
+
+def explanation_from_proto(message: sender_pb2.Explanation) -> Explanation:
+    """Raises RemoteProtocolError where the three lists differ in length."""
+    found = Explanation(tuple(message.tokens), tuple(message.need), tuple(message.kept))
+    if not len(found.tokens) == len(found.need) == len(found.kept):
+        raise RemoteProtocolError(
+            f"an explanation of {len(found.tokens)} tokens has {len(found.need)} needs and {len(found.kept)} shares"
+        )
+    return found
 
 
 def capabilities_to_proto(value: Capabilities) -> common_pb2.Capabilities:

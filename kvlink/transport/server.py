@@ -190,6 +190,7 @@ class _Sender(_Agent):
             text=request.text,
             budget_bytes=request.budget_bytes,
             answer_here=request.answer_here,
+            explain=request.explain,
         )
         async for progress in self._handler.deliver_cache(delivery):
             yield sender_pb2.DeliverCacheResponse(
@@ -199,6 +200,7 @@ class _Sender(_Agent):
                 cache_id=progress.cache_id,
                 sender_answer=progress.sender_answer,
                 receipt=convert.receipt_to_proto(progress.receipt) if progress.done else None,
+                explanation=convert.explanation_to_proto(progress.explanation),
             )
 
 

@@ -14,17 +14,44 @@ import struct
 import sys
 from dataclasses import dataclass
 
-# struct tcp_info: 8 bytes of flags, 24 of u32, then u64: pacing rates, bytes_acked, bytes_received
-_BYTES_ACKED, _BYTES_RECEIVED, _TOTAL_RETRANS, _NEEDED = 120, 128, 100, 136
+# Offsets in struct tcp_info of the kernel's public headers; it only ever grows at its end.
+_FIELDS = {
+    "bytes_acked": (120, "Q"),
+    "bytes_received": (128, "Q"),
+    "retransmitted_segments": (100, "I"),
+    "segments_out": (136, "I"),
+    "segments_in": (140, "I"),
+    "data_segments_out": (156, "I"),
+    "bytes_sent": (200, "Q"),
+    "bytes_retransmitted": (208, "Q"),
+    "segment_bytes": (16, "I"),
+}
+_NEEDED = 216
 
 
 @dataclass(frozen=True, slots=True)
 class SocketCount:
-    """Counters of one TCP connection since it was opened."""
+    """Counters of one TCP connection since it was opened.
+
+    `bytes_sent` has what was sent again in it, `bytes_retransmitted` is that alone. `segments_out`
+    counts bare acknowledgements too, `data_segments_out` only those with bytes. `segment_bytes`:
+    the largest segment (MSS) at this moment.
+    """
 
     bytes_acked: int
     bytes_received: int
     retransmitted_segments: int
+    segments_out: int
+    segments_in: int
+    data_segments_out: int
+    bytes_sent: int
+    bytes_retransmitted: int
+    segment_bytes: int
+
+    def since(self, before: SocketCount) -> SocketCount:
+        """What happened between two readings of one connection."""
+        counts = {name: getattr(self, name) - getattr(before, name) for name in _FIELDS}
+        return SocketCount(**{**counts, "segment_bytes": self.segment_bytes})
 
 
 def connections(host: str, port: int) -> dict[int, SocketCount]:
@@ -63,6 +90,6 @@ def _read(descriptor: int, addresses: set[str], port: int) -> tuple[int, SocketC
             return None
     if len(raw) < _NEEDED:
         return None
-    acked, received = struct.unpack_from("<QQ", raw, _BYTES_ACKED)
-    (retransmitted,) = struct.unpack_from("<I", raw, _TOTAL_RETRANS)
-    return local_port, SocketCount(acked, received, retransmitted)
+    return local_port, SocketCount(
+        **{name: struct.unpack_from("=" + kind, raw, offset)[0] for name, (offset, kind) in _FIELDS.items()}
+    )

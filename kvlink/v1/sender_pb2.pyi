@@ -71,7 +71,7 @@ class FetchCacheRequest(_message.Message):
     def __init__(self, context_id: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., deadline_s: _Optional[float] = ..., base_digest: _Optional[bytes] = ..., transfer_id: _Optional[bytes] = ..., next_sequence: _Optional[int] = ...) -> None: ...
 
 class DeliverCacheRequest(_message.Message):
-    __slots__ = ("context_id", "text", "question", "recipe", "budget_bytes", "receiver", "answer_here")
+    __slots__ = ("context_id", "text", "question", "recipe", "budget_bytes", "receiver", "answer_here", "explain")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     QUESTION_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class DeliverCacheRequest(_message.Message):
     BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     RECEIVER_FIELD_NUMBER: _ClassVar[int]
     ANSWER_HERE_FIELD_NUMBER: _ClassVar[int]
+    EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     context_id: str
     text: str
     question: str
@@ -86,20 +87,33 @@ class DeliverCacheRequest(_message.Message):
     budget_bytes: int
     receiver: str
     answer_here: bool
-    def __init__(self, context_id: _Optional[str] = ..., text: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., receiver: _Optional[str] = ..., answer_here: bool = ...) -> None: ...
+    explain: bool
+    def __init__(self, context_id: _Optional[str] = ..., text: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., receiver: _Optional[str] = ..., answer_here: bool = ..., explain: bool = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("tokens", "need", "kept")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NEED_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[str]
+    need: _containers.RepeatedScalarFieldContainer[float]
+    kept: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, tokens: _Optional[_Iterable[str]] = ..., need: _Optional[_Iterable[float]] = ..., kept: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class DeliverCacheResponse(_message.Message):
-    __slots__ = ("sent_bytes", "total_bytes", "done", "cache_id", "receipt", "sender_answer")
+    __slots__ = ("sent_bytes", "total_bytes", "done", "cache_id", "receipt", "sender_answer", "explanation")
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     CACHE_ID_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     SENDER_ANSWER_FIELD_NUMBER: _ClassVar[int]
+    EXPLANATION_FIELD_NUMBER: _ClassVar[int]
     sent_bytes: int
     total_bytes: int
     done: bool
     cache_id: str
     receipt: _common_pb2.Receipt
     sender_answer: str
-    def __init__(self, sent_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., done: bool = ..., cache_id: _Optional[str] = ..., receipt: _Optional[_Union[_common_pb2.Receipt, _Mapping]] = ..., sender_answer: _Optional[str] = ...) -> None: ...
+    explanation: Explanation
+    def __init__(self, sent_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., done: bool = ..., cache_id: _Optional[str] = ..., receipt: _Optional[_Union[_common_pb2.Receipt, _Mapping]] = ..., sender_answer: _Optional[str] = ..., explanation: _Optional[_Union[Explanation, _Mapping]] = ...) -> None: ...

@@ -33,9 +33,9 @@ from tests.relay import relay
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
+def small_chunks(pair):
     """Transfers of many frames, so that there is something to cut between."""
-    monkeypatch.setattr(SendSession.__init__, "__defaults__", (4096,))
+    pair.sender._sender._chunk_bytes = 4096
 
 
 RECIPES = (
@@ -406,3 +406,31 @@ async def test_grpc_bytes_match_what_a_connection_carries(pair):
         carried = len(wire.seen) - before
     # Two connections (handshake, push) with their prefaces, settings and headers.
     assert 0 <= carried - done.receipt.wire_bytes < 3000
+
+
+@pytest.mark.parametrize("recipe", ["q2c@0.5 int4", "q2c+draft@0.25 int4 scope=head", "int8", "text"])
+async def test_an_explanation_tells_what_was_chosen_token_by_token(pair, recipe):
+    done = await pair.deliver(recipe, explain=True)
+    told, receipt = done.explanation, done.receipt
+    assert "".join(told.tokens) == f"Context: {TEXT}\n"
+    assert len(told.tokens) == len(told.need) == len(told.kept) == receipt.context_tokens
+    assert sum(told.need) == pytest.approx(1, abs=1e-4)
+    assert min(told.need) >= 0
+    kept = receipt.kept_tokens or receipt.context_tokens
+    assert sum(told.kept) == pytest.approx(kept, rel=1e-4), "shares add up to the tokens that were kept"
+    assert told.kept[:4] == (1, 1, 1, 1), "sinks are everywhere"
+
+
+async def test_without_being_asked_nothing_is_explained(pair):
+    assert (await pair.deliver("int8")).explanation.tokens == ()
+
+
+async def test_a_handle_does_not_show_its_context(pair):
+    published = await pair.source.publish(TEXT)
+    with pytest.raises(AccessError, match="only who sends the text is told what was chosen"):
+        await pair.deliver("int8", context_id=published.context_id, explain=True)
+
+
+async def test_callers_cannot_make_a_sender_import_kvpress(pair):
+    with pytest.raises(AccessError, match="this sender imports no kvpress for its callers"):
+        await pair.deliver("press:KnormPress@0.5 int4")

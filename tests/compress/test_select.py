@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlink.cache import Evidence
-from kvlink.compress.select import NEEDS, SCORERS, choose_positions, kept_count, mass_count
+from kvlink.compress.select import SCORERS, choose_positions, kept_count, mass_count, needs, sees
 from kvlink.errors import RecipeError
 from kvlink.payload import CacheShape
 from kvlink.recipe import METHODS, Amount, Selection
@@ -29,10 +29,13 @@ def evidence() -> Evidence:
         question=peaks(10),
         draft=peaks(20),
         window=peaks(12),
+        asked_window=peaks(16),
         mass=peaks(14),
+        press=peaks(18),
         question_tokens=5,
         draft_tokens=5,
         window_tokens=6,
+        asked_window_tokens=6,
     )
 
 
@@ -145,13 +148,13 @@ def test_kept_count_rounds_up_and_stays_in_range(tokens, ratio):
 
 
 def test_a_method_sees_what_it_needs_and_nothing_else():
-    for method, needs in NEEDS.items():
-        if not needs:
+    for method in (*METHODS, "press:KnormPress"):
+        if not needs(method):
             continue
         everything = evidence()
         only = Evidence(
-            **{name: getattr(everything, name) for name in needs},
-            question_tokens=5, draft_tokens=5, window_tokens=6,
+            **{name: getattr(everything, name) for name in needs(method)},
+            question_tokens=5, draft_tokens=5, window_tokens=6, asked_window_tokens=6,
         )  # fmt: skip
         selection = Selection(method, Amount(0.5))
         assert torch.equal(
@@ -163,7 +166,17 @@ def test_a_method_sees_what_it_needs_and_nothing_else():
 
 def test_every_method_is_scored_and_says_what_it_sees():
     assert set(SCORERS) == set(METHODS) - {"all"}
-    assert set(NEEDS) == set(METHODS)
+    assert {method: sees(method) for method in (*METHODS, "press:KnormPress")} == {
+        "all": "nothing",
+        "q2c": "context and question",
+        "q2c+draft": "context and question, the sender's draft",
+        "snapkv": "context",
+        "snapkv+question": "context and question",
+        "h2o": "context",
+        "streaming": "nothing",
+        "random": "nothing",
+        "press:KnormPress": "context",
+    }
 
 
 def test_layers_with_a_sliding_window_have_no_vote():

@@ -123,6 +123,7 @@ def test_captured_evidence_equals_eager_attention(random_lm, architecture):
     cache = prefill(lm, ids)
     seen = read_question(lm, cache, question[:5], question[5:])
     alone = read_context(lm, ids, {"mass", "window"}, 16)
+    asked = read_context(lm, ids, {"asked_window"}, 16, question)
     heads = cache.layers[0].keys.shape[0]
     for index, weights in enumerate(_eager_attention(lm, ids + question)):
         if cache.layers[index].sliding:
@@ -134,6 +135,10 @@ def test_captured_evidence_equals_eager_attention(random_lm, architecture):
         assert torch.allclose(alone.mass[index], grouped[:, :100, :100].sum(1), atol=1e-5)
         assert torch.allclose(alone.window[index, :, :84], grouped[:, 84:100, :84].mean(1), atol=1e-6)
         assert alone.window[index, :, 84:].abs().max() == 0
+        assert asked.asked_window_tokens == 7
+        last = grouped[:, 93:109, :100].mean(1)  # 16 queries: 7 of the context and the question's 9
+        assert torch.allclose(asked.asked_window[index, :, :93], last[:, :93], atol=1e-6)
+        assert asked.asked_window[index, :, 93:].abs().max() == 0
 
 
 def test_prefill_of_kept_tokens_is_reading_them_at_their_own_positions(random_lm):

@@ -1,0 +1,114 @@
+"""The command that measures: eval.
+
+Does not know: how anything is measured. Place on the path: the face of the package.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kvlink import errors
+from kvlink.cli.common import Attn, Device, Dtype, Json, console, progress_bar, quiet
+
+_TABLES = "selection, quantization, combined, low-rank, spectrum, transfer, methods, masking, overhead, recipes or all"
+
+Table = Annotated[str, typer.Argument(help=f"{_TABLES}.")]
+Models = Annotated[
+    list[str], typer.Option("--model", help="Name or directory; repeat for models side by side.")
+]
+Datas = Annotated[
+    list[str], typer.Option("--data", help="generated[:SEED], squad:FILE or trivia:FILE; repeat for several.")
+]
+Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="For the table of recipes; repeat.")]
+Presses = Annotated[
+    list[str] | None, typer.Option("--press", help="A kvpress class as one more selection; repeat.")
+]
+
+
+def evaluate(
+    table: Table,
+    model: Models = ["kvlink-tiny"],  # noqa: B006 - typer copies it
+    data: Datas = ["generated"],  # noqa: B006
+    n: Annotated[int, typer.Option(min=1, help="Questions.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of the generator, and of the draw from a file.")] = 42,
+    recipe: Recipes = None,
+    press: Presses = None,
+    when: Annotated[str, typer.Option(help="after or during: only cases of that method.")] = "",
+    prompt: Annotated[str, typer.Option(help="auto (the model's chat template) or plain.")] = "auto",
+    pad_to: Annotated[
+        int, typer.Option(min=0, help="Tokens a context has at least: other passages pad it.")
+    ] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of records, rows and the page.")] = Path("kvlink-eval"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw an earlier record away.")] = False,
+    record: Annotated[
+        list[Path] | None, typer.Option("--from", help="Read a record instead of measuring; repeat.")
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    attention: Attn = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure one of the study's tables, or all: accuracy against bytes, with intervals.
+
+    A run that is stopped goes on where it was when the same command is given again.
+    """
+    from kvlink.eval import study
+    from kvlink.eval.run import Settings
+    from kvlink.show import print_eval, print_json
+
+    quiet()
+    asked = study.Study(table, n, when, tuple(press or ()), tuple(recipe or ()))
+    asked.tables()
+    base = Settings("", "", seed, pad_to, prompt, device, dtype, attention, workers)
+    runs = study.settings_for(model, data, base)
+    if record:
+        report = study.from_records(asked, record)
+    else:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with progress_bar(*columns) as bar:
+            report = study.evaluate(asked, runs, out, _Bar(bar), fresh=fresh)
+    if not report.rows:
+        raise errors.ContextError(f"the table {table} has no rows: nothing of it could be measured here")
+    written = study.write_files(report, out)
+    page = _write_page(report.to_dict(), out / f"{table}.html")
+    if as_json:
+        print_json(report.to_dict())
+        return
+    print_eval(console(), report.to_dict())
+    names = ", ".join(str(file) for file in (*written, *([page] if page else ())))
+    console().print(f"written: {names}", highlight=False, markup=False)
+    if page is None:
+        console().print(
+            "no page: it needs the extra, pip install 'kvlink[report]'", highlight=False, markup=False
+        )
+
+
+class _Bar:
+    """A run's progress on the terminal."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task: Any = None
+
+    def start(self, title: str, total: int, done: int) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(title, total=total, completed=done)
+
+    def step(self) -> None:
+        self._bar.advance(self._task)
+
+
+def _write_page(report: dict[str, Any], file: Path) -> Path | None:
+    """The page of a report, where its extra is installed."""
+    from kvlink import page
+
+    if not page.available():
+        return None
+    file.write_text(page.tables_page(report), encoding="utf-8")
+    return file

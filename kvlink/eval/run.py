@@ -1,0 +1,250 @@
+"""A run: many questions over worker processes, written down one line a question, resumable.
+
+The record is JSON lines: a header that says what is measured, a line a question, a last line once
+all of them are there. A record that ends early is continued where the header is the same.
+
+Does not know: how a question is measured, what a table shows. Place on the path: around `measure`.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from blake3 import blake3
+
+from kvlink._release import RELEASE
+from kvlink.errors import ConfigError, ContextError, KvlinkError
+from kvlink.eval.measure import Bench
+from kvlink.eval.questions import Item, padded
+from kvlink.eval.tables import Case
+from kvlink.model.loading import LanguageModel, load
+from kvlink.model.template import plain_template
+
+_DISTRACTORS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run measures, and with what. `pad_to`: tokens that every context has at least.
+
+    `prompt`: `auto` (the model's chat template where it has one) or `plain`. `workers` 0: one a
+    core, one in all on a GPU.
+    """
+
+    model: str
+    data: str
+    seed: int = 42
+    pad_to: int = 0
+    prompt: str = "auto"
+    device: str = "cpu"
+    dtype: str = "auto"
+    attention: str = "auto"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prompt not in ("auto", "plain"):
+            raise ConfigError(f"prompt must be auto or plain, got {self.prompt!r}")
+        if self.workers < 0 or self.pad_to < 0:
+            raise ConfigError("workers and pad-to must not be negative")
+
+
+@dataclass(slots=True)
+class Record:
+    """What a run found. `lines`: by item, in the items' order. `skipped`: why, by item."""
+
+    header: dict[str, Any]
+    lines: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> dict[int, str]:
+        return {item: line["skipped"] for item, line in sorted(self.lines.items()) if "skipped" in line}
+
+    def measured(self) -> list[dict[str, Any]]:
+        """The lines of the questions that were measured, in the items' order."""
+        return [line for _, line in sorted(self.lines.items()) if "skipped" not in line]
+
+
+def open_model(settings: Settings) -> LanguageModel:
+    """The model of a run, with the prompt that it asks for."""
+    lm = load(settings.model, device=settings.device, dtype=settings.dtype, attention=settings.attention)
+    return replace(lm, template=plain_template()) if settings.prompt == "plain" else lm
+
+
+def run(
+    settings: Settings,
+    items: Sequence[Item],
+    cases: Sequence[Case],
+    file: Path,
+    *,
+    fresh: bool = False,
+    on_start: Callable[[int], object],
+    on_item: Callable[[], object],
+) -> Record:
+    """Measure all `cases` on every item, and write `file` as they come.
+
+    A `file` of the same run that ended early is continued; another run's file is refused with
+    ConfigError, unless `fresh` throws it away. The model is loaded here first, so that a model that
+    cannot serve is refused before a worker starts.
+    """
+    lm = open_model(settings)
+    if settings.pad_to >= lm.window:
+        raise ContextError(f"cannot pad to {settings.pad_to} tokens: the model's window is {lm.window}")
+    header = _header(settings, lm, items, cases)
+    record = Record(header, {} if fresh else _continue(file, header))
+    on_start(len(record.lines))
+    open_items = [index for index in range(len(items)) if index not in record.lines]
+    workers = settings.workers or (1 if settings.device != "cpu" else os.cpu_count() or 1)
+    del lm
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as out:
+        # Written anew, so that half a line at the end of a broken run is gone.
+        for line in ({"header": header}, *record.lines.values()):
+            out.write(json.dumps(line) + "\n")
+        out.flush()
+        for line in _results(settings, items, cases, open_items, min(workers, max(1, len(open_items)))):
+            record.lines[line["item"]] = line
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+            on_item()
+        out.write(json.dumps({"finished": len(record.lines)}) + "\n")
+    if not record.measured():
+        raise ContextError(f"no question could be measured: {next(iter(record.skipped.values()))}")
+    return record
+
+
+def read_record(file: Path) -> Record:
+    """The record that a run wrote, finished or not. Raises ContextError where it is none."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ContextError(f"cannot read the record {file}: {error}") from error
+    parsed = []
+    for number, text in enumerate(lines, 1):
+        try:
+            parsed.append(json.loads(text))
+        except ValueError as error:
+            if number < len(lines):
+                raise ContextError(f"{file}, line {number}: not JSON: {error}") from error
+            # The last line of a run that was killed while it wrote.
+    if not parsed or not isinstance(parsed[0], dict) or "header" not in parsed[0]:
+        raise ContextError(f"{file} is not the record of a run: no header in its first line")
+    return Record(parsed[0]["header"], {line["item"]: line for line in parsed[1:] if "item" in line})
+
+
+def _header(
+    settings: Settings, lm: LanguageModel, items: Sequence[Item], cases: Sequence[Case]
+) -> dict[str, Any]:
+    """What makes a run this run: settings, identities of model and data, cases."""
+    told = asdict(settings)
+    del told["workers"]
+    data = json.dumps([asdict(item) for item in items])
+    return {
+        **told,
+        "release": RELEASE,
+        "weights": lm.fingerprint.weights.hex(),
+        "dtype": lm.dtype,
+        "items": len(items),
+        "data_digest": blake3(data.encode()).hexdigest(length=16),
+        "cases": [case.key for case in cases],
+    }
+
+
+def _continue(file: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Lines of an unfinished run of the same header; nothing of a finished one, which runs again."""
+    if not file.exists():
+        return {}
+    found = read_record(file)
+    if found.header != header:
+        differing = [name for name in header if found.header.get(name) != header[name]]
+        raise ConfigError(
+            f"{file} is the record of another run ({', '.join(differing)} differ); "
+            "choose another --out, or throw it away with --fresh"
+        )
+    return {} if len(found.lines) == header["items"] else found.lines
+
+
+_bench: Bench | None = None
+
+
+def _start_worker(settings: Settings) -> None:
+    """In a worker: the model once, one thread, and no word of its own to the terminal."""
+    global _bench
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops, and stops its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    _bench = Bench(open_model(settings))
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(
+    settings: Settings, index: int, item: Item, distractors: Sequence[str], cases: Sequence[Case]
+) -> dict[str, Any]:
+    """In a worker: one question."""
+    if _bench is None:
+        raise ConfigError("the worker has no model")
+    try:
+        if settings.pad_to:
+            lm = _bench.lm
+            item = padded(item, distractors, lambda text: len(lm.context_ids(text)), settings.pad_to, index)
+        return {"item": index, **_bench.measure(item, cases)}
+    except ContextError as error:  # this question does not fit this model; the others may
+        return {"item": index, "skipped": str(error)}
+
+
+def _results(
+    settings: Settings, items: Sequence[Item], cases: Sequence[Case], open_items: Sequence[int], workers: int
+) -> Iterator[dict[str, Any]]:
+    """Lines as they are ready. No more jobs than workers are out, so that a stop loses little."""
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in mid-air
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (settings,))
+    try:
+        waiting = list(reversed(open_items))
+        running: set[Future[dict[str, Any]]] = set()
+        while waiting or running:
+            while waiting and len(running) < workers:
+                index = waiting.pop()
+                others = _others(items, index, settings) if settings.pad_to else ()
+                running.add(pool.submit(_work, settings, index, items[index], others, cases))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool as error:
+        raise KvlinkError(
+            f"a worker process died ({error}); the record so far is kept, run the same command again"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = threads
+
+
+def _others(items: Sequence[Item], index: int, settings: Settings) -> list[str]:
+    """Contexts of other items, to pad with."""
+    rest = [item.context for i, item in enumerate(items) if i != index]
+    rng = random.Random(f"others/{settings.seed}/{index}")
+    return rng.sample(rest, min(_DISTRACTORS, len(rest)))

@@ -1,0 +1,135 @@
+"""The tables: which cases each of them needs. A case is measured once, whatever tables show it.
+
+Source: the study's tables as `docs/evaluation.md` lists them.
+Does not know: models, how a case is measured. Place on the path: before it; the plan of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kvlink.errors import ConfigError
+from kvlink.eval.questions import SHIFTS, Shift
+from kvlink.recipe import INTEGER_BITS, Recipe
+
+Kind = Literal["answer", "masked", "spectrum"]
+
+SELECTIONS = ("q2c", "q2c+draft", "snapkv", "snapkv+question", "h2o", "streaming", "random")
+RETENTIONS = (0.75, 0.5, 0.25, 0.1)
+DURING = (0.75, 0.5, 0.25)
+COMBINED = (0.25, 0.5, 0.75, 1.0)
+RANKS = (8, 16, 32, 64)
+SPECTRUM_SHARE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing to measure on every question.
+
+    `kind`: `answer` sends the cache by the recipe and answers the question of that `shift`; `masked`
+    hides the dropped positions in the full cache instead, `zeroed` or not; `spectrum` looks at the
+    singular values of the full cache.
+    """
+
+    recipe: str
+    shift: Shift = "same"
+    kind: Kind = "answer"
+    zeroed: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in a run's record."""
+        return f"{self.kind}{'+zero' if self.zeroed else ''} | {self.recipe} | {self.shift}"
+
+
+def _selection(methods: Sequence[str]) -> list[Case]:
+    after = [
+        Case(f"{method}@{amount} raw{scope}", shift)
+        for scope in ("", " scope=head")
+        for method in methods
+        for amount in RETENTIONS
+        for shift in SHIFTS
+    ]
+    return after + [Case(f"{method}@{amount} raw when=during") for method in methods for amount in DURING]
+
+
+def _quantization(methods: Sequence[str]) -> list[Case]:
+    return [Case("text"), Case("raw"), Case("lossless"), *(Case(f"int{bits}") for bits in INTEGER_BITS)]
+
+
+def _combined(methods: Sequence[str]) -> list[Case]:
+    chosen = ("q2c", "snapkv", "q2c+draft")
+    codecs = ("raw", "int8", "int4")
+    return [Case(f"{m}@{amount} {codec}") for m in chosen for amount in COMBINED for codec in codecs]
+
+
+def _low_rank(methods: Sequence[str]) -> list[Case]:
+    return [Case(f"svd={rank} {codec}") for rank in RANKS for codec in ("raw", "int8")]
+
+
+def _transfer(methods: Sequence[str]) -> list[Case]:
+    return [Case(recipe) for recipe in ("text", "raw", "lossless", "int8", "int4")]
+
+
+def _methods(methods: Sequence[str]) -> list[Case]:
+    return [
+        Case(f"{method}@{amount} raw{when}")
+        for method in methods
+        for amount in DURING
+        for when in ("", " when=during")
+    ]
+
+
+def _masking(methods: Sequence[str]) -> list[Case]:
+    out = []
+    for amount in DURING:
+        recipe = f"q2c@{amount} raw"
+        out += [Case(recipe), Case(recipe, kind="masked"), Case(recipe, kind="masked", zeroed=True)]
+    return out
+
+
+def _spectrum(methods: Sequence[str]) -> list[Case]:
+    return [Case("raw", kind="spectrum")]
+
+
+_MAKERS = {
+    "selection": _selection,
+    "quantization": _quantization,
+    "combined": _combined,
+    "low-rank": _low_rank,
+    "spectrum": _spectrum,
+    "transfer": _transfer,
+    "methods": _methods,
+    "masking": _masking,
+}
+QUESTION_TABLES = tuple(_MAKERS)
+TABLES = (*QUESTION_TABLES, "overhead", "all")
+
+
+def plan(
+    table: str, presses: Sequence[str] = (), recipes: Sequence[str] = (), when: str = ""
+) -> dict[str, list[Case]]:
+    """The cases of each table that `table` names, in the order of its rows.
+
+    `presses`: further selections. `recipes`: cases of a table of their own, `recipes`. `when`: only
+    the cases of that method, where a case selects at all. Raises ConfigError for an unknown table,
+    RecipeError for a recipe.
+    """
+    if table not in TABLES and table != "recipes":
+        raise ConfigError(f"unknown table {table!r}; known: {', '.join(TABLES)}, recipes (with --recipe)")
+    if when not in ("", "after", "during"):
+        raise ConfigError(f"when must be after or during, got {when!r}")
+    if table == "recipes" and not recipes:
+        raise ConfigError("the table of recipes needs at least one --recipe")
+    names = QUESTION_TABLES if table == "all" else [table] if table in _MAKERS else []
+    out = {name: _MAKERS[name]((*SELECTIONS, *presses)) for name in names}
+    if recipes:
+        out["recipes"] = [Case(text, shift) for text in recipes for shift in ("same", "paraphrase")]
+    for name, cases in out.items():
+        parsed = [(case, Recipe.parse(case.recipe).selection) for case in cases]
+        out[name] = [
+            case for case, chosen in parsed if not when or chosen.method == "all" or chosen.when == when
+        ]
+    return out

@@ -1,0 +1,109 @@
+"""The story of one transfer as a page: what was chosen, where the time went, what the bytes were.
+
+Does not know: how a transfer is made. Place on the path: the face of `ask --report` and
+`demo --report`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvlink.page.frame import fill
+from kvlink.plan import break_even
+from kvlink.receipt import BYTE_KINDS, STAGES, Receipt
+from kvlink.transport.api import Explanation
+
+AT = {
+    "prefill": "sender", "draft": "sender", "select": "sender", "encode": "sender", "wire": "link",
+    "decode": "receiver", "read": "receiver", "first_token": "receiver", "generate": "receiver",
+}  # fmt: skip
+_MEANING = {
+    "prefill": "the sender reads the context",
+    "draft": "the sender answers briefly itself",
+    "select": "evidence and choice of positions",
+    "encode": "quantize, code, frame",
+    "wire": "on the link",
+    "decode": "check, decode, restore",
+    "read": "the receiver reads the text itself",
+    "first_token": "question read, first token",
+    "generate": "the rest of the answer",
+}
+_FULL_SHADE = 0.85
+
+
+def compose(
+    *, question: str, answer: str, sender_answer: str, text: str, receipt: Receipt, told: Explanation,
+    reads_tokens_per_s: float = 0.0,
+) -> dict[str, Any]:  # fmt: skip
+    """What `render` shows, from what a delivery and its answer said. `text`: the context."""
+    return {
+        "question": question,
+        "answer": answer,
+        "sender_answer": sender_answer,
+        "text_bytes": len(text.encode()),
+        "receipt": receipt,
+        "told": told,
+        "reads_tokens_per_s": reads_tokens_per_s,
+    }
+
+
+def render(story: dict[str, Any]) -> str:
+    """HTML of a story that `compose` made."""
+    receipt: Receipt = story["receipt"]
+    told: Explanation = story["told"]
+    kinds = [(kind, receipt.bytes[kind]) for kind in BYTE_KINDS if receipt.bytes.get(kind)]
+    return fill(
+        "story.html",
+        title="What was handed over",
+        story=story,
+        receipt=receipt,
+        tokens=_tokens(told),
+        sent=sum(1 for share in told.kept if share > 0),
+        stages=_waterfall(receipt),
+        kinds=[(kind, count, 100 * count / max(1, receipt.wire_bytes)) for kind, count in kinds],
+        verdict=_verdict(story, receipt),
+    )
+
+
+def _tokens(told: Explanation) -> list[dict[str, Any]]:
+    """Each token with its shade (square root of its need, so that small needs show too) and fate."""
+    most = max(told.need, default=0.0) or 1.0
+    return [
+        {
+            "text": text,
+            "shade": f"{_FULL_SHADE * (max(0.0, need) / most) ** 0.5:.3f}",
+            "fate": "sent" if kept >= 1 else "dropped" if kept <= 0 else "partly",
+            "note": f"need {100 * need:.2f} %, kept by {100 * kept:.0f} % of layers and heads",
+        }
+        for text, need, kept in zip(told.tokens, told.need, told.kept, strict=True)
+    ]
+
+
+def _waterfall(receipt: Receipt) -> list[dict[str, Any]]:
+    """Stages one after another, as they were, in per cent of the whole."""
+    stages = [(name, receipt.stage_s[name]) for name in STAGES if name in receipt.stage_s]
+    total = max(1e-9, sum(seconds for _, seconds in stages))
+    out, at = [], 0.0
+    for name, seconds in stages:
+        left, width = min(99.0, 100 * at / total), max(0.3, 100 * seconds / total)
+        out.append(
+            {
+                "name": name.replace("_", " "), "where": AT[name], "means": _MEANING[name], "ms": 1e3 * seconds,
+                "left": left, "width": min(width, 100 - left),
+            }
+        )  # fmt: skip
+        at += seconds
+    return out
+
+
+def _verdict(story: dict[str, Any], receipt: Receipt) -> str:
+    """Whether the text would have been the better choice, and on which links."""
+    if not receipt.kept_tokens:
+        return "The text itself was sent: the receiver read it."
+    read_s = receipt.stage_s.get("prefill", 0.0)
+    if story["reads_tokens_per_s"]:
+        read_s = receipt.context_tokens / story["reads_tokens_per_s"]
+    found = break_even(receipt.wire_bytes, story["text_bytes"], read_s, receipt.stage_s.get("decode", 0.0))
+    if found.rate_bps is None:
+        return f"The text would have been the better choice on any link: {found.reason}."
+    return f"The cache is usable before the text is read above {found.rate_bps / 1e6:,.1f} Mbit/s: {found.reason}."
