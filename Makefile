@@ -1,5 +1,6 @@
 # make demo   two agents on loopback, 25 questions, one table
 # make test   lint, types, generated code and all tests
+# make eval   every table: accuracy against bytes
 # Both create .venv when it is missing.
 
 PYTHON ?= python3
@@ -27,6 +28,10 @@ tests: $(READY)
 # Regenerate kvlink/v1 from proto/; a test compares the two.
 proto: $(READY)
 	$(BIN)/python scripts/generate_proto.py
+
+# Every table of docs/evaluation.md, n = 200 (about a quarter of an hour on two CPU cores).
+eval: $(READY)
+	$(BIN)/kvlink eval all
 
 # Train the embedded model again (about two hours on two CPU cores).
 train: $(READY)

@@ -206,6 +206,136 @@ def test_demo_on_a_squad_file(checkpoint, tmp_path):
     assert json.loads(done.stdout)["rows"][0]["n"] == 1
 
 
+DEMO_FIELDS = (
+    "mode recipe recipe_full n f1 f1_low f1_high f1_full agreement wire_bytes bits_per_element ttft_s"
+)
+EVAL_FIELDS = "selection scope retention method question_shift em kl_mean ci_low ci_high context_tokens seed"
+
+
+def test_eval_prints_every_table_as_rows_with_every_field(checkpoint, tmp_path):
+    model = str(checkpoint("qwen2", "bfloat16"))
+    done = kvlink("eval", "all", "--model", model, "--n", "2", "--out", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    tables = {row["table"] for row in report["rows"]}
+    assert tables >= {
+        "selection",
+        "quantization",
+        "combined",
+        "low-rank",
+        "spectrum",
+        "transfer",
+        "methods",
+        "masking",
+    }
+    assert "overhead" in tables or any("overhead" in note for note in report["notes"])
+    for row in report["rows"]:
+        assert set(f"{DEMO_FIELDS} {EVAL_FIELDS}".split()) <= set(row)
+        assert row["model"] == model
+        if row["table"] not in ("spectrum", "overhead"):
+            assert row["n"] == 2
+            assert row["ci_low"] <= row["f1"] - row["f1_full"] <= row["ci_high"]
+    lossless = [row for row in report["rows"] if row["recipe"] in ("raw", "lossless", "text")]
+    assert {row["agreement"] for row in lossless if row["f1"] is not None} == {1.0}
+    written = {file.name.partition("-")[0] for file in tmp_path.iterdir()}
+    assert written == {"all.csv", "all.jsonl", "all.html", "all"}
+    (record,) = tmp_path.glob("*.record.jsonl")
+    again = kvlink("eval", "quantization", "--from", str(record), "--out", str(tmp_path), "--json")
+    assert json.loads(again.stdout)["rows"] == [
+        row for row in report["rows"] if row["table"] == "quantization"
+    ]
+
+
+def qwen_shaped(folder: Path) -> Path:
+    """A randomly initialised checkpoint of Qwen2.5's shape: grouped heads of 64, tied embeddings, its biases."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from kvlink.model.loading import embedded_folder
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=896, intermediate_size=512, num_hidden_layers=3,
+        num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=4096, rope_theta=1e6,
+        tie_word_embeddings=True, eos_token_id=1, bos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def squad_file(folder: Path) -> Path:
+    entries = [
+        {"question": f"{word} was Maret Olsun born?", "answers": [{"text": "Tavik"}]}
+        for word in ("Where", "In which town")
+    ]
+    file = folder / "squad.json"
+    file.write_text(json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": entries}]}]}))
+    return file
+
+
+def test_eval_on_a_squad_file_with_two_models_side_by_side(checkpoint, tmp_path):
+    models = [str(qwen_shaped(tmp_path / "qwen")), str(checkpoint("llama", "float32"))]
+    done = kvlink(
+        "eval", "quantization", "--model", models[0], "--model", models[1], "--data", f"squad:{squad_file(tmp_path)}",
+        "--n", "2", "--prompt", "plain", "--out", str(tmp_path / "out"), "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [run["model"] for run in report["runs"]] == models
+    for model in models:
+        rows = {row["recipe"]: row for row in report["rows"] if row["model"] == model}
+        assert rows["raw"]["agreement"] == 1.0
+        assert rows["raw"]["kl_mean"] == 0.0
+        assert rows["int8"]["kl_mean"] < rows["int1"]["kl_mean"]
+
+
+def test_eval_shows_tables_to_people(checkpoint, tmp_path):
+    done = kvlink(
+        "eval", "methods", "--model", str(checkpoint("qwen2", "bfloat16")), "--n", "1", "--out", str(tmp_path)
+    )
+    shown = done.stdout.decode()
+    assert "methods: F1 (of full)" in shown
+    assert "snapkv+question" in shown
+    assert "sees: q2c: context and question" in shown
+    assert f"written: {tmp_path / 'methods.csv'}" in shown
+
+
+def test_ask_and_demo_write_the_story_of_a_transfer(agents, checkpoint, context, tmp_path):
+    for name, words in {
+        "ask": [
+            "ask",
+            "--context",
+            context,
+            "--question",
+            QUESTION,
+            "--recipe",
+            "q2c@0.5 int4",
+            *agents.at(),
+        ],
+        "demo": ["demo", "--model", agents.model, "--n", "1", "--no-prose", "--recipe", "q2c@0.5 int4"],
+    }.items():
+        file = tmp_path / f"{name}.html"
+        done = kvlink(*words, "--report", str(file), "--json")
+        assert done.returncode == 0, done.stderr
+        html = file.read_text()
+        assert 'class="dropped"' in html
+        assert 'class="sent"' in html
+        assert "q2c@0.5" in html
+        assert "receiver: first token" in html
+        assert "sender: prefill" in html
+
+
+def mamba(folder: Path) -> Path:
+    """The configuration of a model that keeps no attention cache."""
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]})
+    )
+    return folder
+
+
 def test_agents_stop_gracefully(checkpoint):
     process = start("receiver", "--listen", "127.0.0.1:0", "--model", str(checkpoint("qwen2", "bfloat16")))
     listening(process)
@@ -255,6 +385,31 @@ BAD = {
     "off loopback": (["receiver", "--listen", "0.0.0.0:0"], 6, "--insecure"),
     "bad address": (["sender", "--listen", "here"], 2, "host:port"),
     "bad config": (["--config", "{good}", "health", "127.0.0.1:9"], 2, "cannot read the configuration"),
+    "report with a handle": (
+        ["ask", "--handle", "kvlink://127.0.0.1:9/x", "--question", "q", "--report", "{out}"],
+        2,
+        "a handle does not open it",
+    ),
+    "report nowhere": (
+        ["ask", "--context", "{good}", "--question", "q", "--report", "/no/such/r.html"],
+        2,
+        "no directory '/no/such'",
+    ),
+    "unknown table": (["eval", "tables"], 2, "unknown table 'tables'; known: selection, quantization"),
+    "unknown data": (["eval", "selection", "--data", "hotpot:x"], 2, "data must be generated"),
+    "no data file": (["eval", "selection", "--data", "squad:missing.json"], 2, "cannot read missing.json"),
+    "cut data": (["eval", "selection", "--data", "squad:{half}"], 2, "is not JSON"),
+    "no answerable question": (
+        ["eval", "all", "--data", "squad:{unanswered}"],
+        2,
+        "has no answerable question",
+    ),
+    "no evidence": (["eval", "all", "--data", "trivia:{unanswered}"], 2, "not in TriviaQA's format"),
+    "model without a cache": (["eval", "transfer", "--model", "{mamba}"], 3, "mamba"),
+    "eval recipe": (["eval", "recipes", "--recipe", "int5"], 2, "int5"),
+    "eval press": (["eval", "selection", "--press", "No!"], 2, "unknown selection 'press:No!'"),
+    "record of something else": (["eval", "all", "--from", "{good}"], 2, "not the record of a run|not JSON"),
+    "window too small": (["eval", "transfer", "--pad-to", "5000"], 2, "the model's window is 2048"),
     "bad data": (["demo", "--data", "{good}"], 2, "not JSON"),
     "bad demo recipe": (["demo", "--recipe", "zip9"], 2, "zip9"),
     "another model": (
@@ -273,12 +428,17 @@ BAD = {
 @pytest.fixture(scope="module")
 def places(checkpoint, tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("bad")
-    files = {"good": CONTEXT.encode(), "empty": b" \n", "binary": b"ab\xff"}
+    unanswered = {"data": [{"paragraphs": [{"context": "C", "qas": [{"question": "Q", "answers": []}]}]}]}
+    files = {
+        "good": CONTEXT.encode(), "empty": b" \n", "binary": b"ab\xff",
+        "half": json.dumps(unanswered).encode()[:40], "unanswered": json.dumps(unanswered).encode(),
+    }  # fmt: skip
     found = {name: str(folder / name) for name in (*files, "missing", "out", "kvl", "cut")}
     for name, content in files.items():
         Path(found[name]).write_bytes(content)
     found["model"] = str(checkpoint("qwen2", "bfloat16"))
     found["other"] = str(checkpoint("qwen2", "bfloat16", 1))
+    found["mamba"] = str(mamba(folder / "mamba"))
     made = kvlink("pack", "--context", found["good"], "-o", found["kvl"], "--model", found["model"])
     assert made.returncode == 0, made.stderr
     Path(found["cut"]).write_bytes(Path(found["kvl"]).read_bytes()[:-40])
@@ -288,7 +448,7 @@ def places(checkpoint, tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_a_clear_line_and_an_exit_code(name, places):
     arguments, code, message = BAD[name]
-    done = kvlink(*(a.format(**places) if a.startswith("{") else a for a in arguments))
+    done = kvlink(*(a.format(**places) if "{" in a else a for a in arguments))
     stderr = done.stderr.decode()
     assert done.returncode == code, stderr
     assert re.search(message, stderr), stderr

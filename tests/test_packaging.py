@@ -36,7 +36,13 @@ def test_the_wheel_carries_model_types_and_data_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         embedded = [i.file_size for i in archive.infolist() if i.filename.startswith("kvlink/model/tiny/")]
-    for name in ("py.typed", "model/tiny/model.safetensors", "model/tiny/tokenizer.json", "eval/prose.json", "page/templates/story.html"):
+    for name in (
+        "py.typed",
+        "model/tiny/model.safetensors",
+        "model/tiny/tokenizer.json",
+        "eval/prose.json",
+        "page/templates/story.html",
+    ):
         assert f"kvlink/{name}" in names
     assert sum(embedded) <= 12_000_000
     assert not [n for n in names if n.startswith(("tests", "scripts", "services"))]

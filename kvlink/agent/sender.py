@@ -41,13 +41,14 @@ from kvlink.wire.session import CHUNK_BYTES, SendSession
 DEFAULT_RECIPE = "q2c+draft@0.25 int4"
 DRAFT_TOKENS = 24
 _FIT_ROUNDS = 6
+_COUNTED = ("ratio", "count")
 
 
 @dataclass(slots=True)
 class Context:
     """A context that was read: its text, token ids and full cache.
 
-    `evidence` remembers what the context alone gives (snapkv, h2o, a press), by (method, window).
+    `evidence` remembers what the context alone gives (snapkv, h2o, a press), by `evidence_key`.
     """
 
     text: str
@@ -55,7 +56,7 @@ class Context:
     prompt: Prompt
     cache: KVCache
     prefill_s: float
-    evidence: dict[tuple[str, int], Evidence] = field(default_factory=dict)
+    evidence: dict[tuple[Any, ...], Evidence] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -118,7 +119,7 @@ class Sender:
     def look(self, context: Context, question: str, selection: Selection) -> Look:
         """Capture what `selection` looks at. Raises ContextError where the question is missing.
 
-        Serves every amount and scope of the same method and window.
+        Serves every selection of the same `evidence_key`.
         """
         needed, clock = needs(selection.method), _Clock()
         if needed & {"question", "asked_window"} and not question.strip():
@@ -193,15 +194,18 @@ class Sender:
 
     def _of_context(self, context: Context, selection: Selection) -> Evidence:
         """Evidence that serves every question over the context; captured once."""
-        method, window = selection.method, selection.window
+        method, key, tokens = selection.method, evidence_key(selection), context.cache.tokens
         with context.lock:
-            if (method, window) not in context.evidence:
+            if key not in context.evidence:
                 if method.startswith(PRESS):
-                    found = read_press(self.lm, context.ids, method.removeprefix(PRESS))
+                    share = (
+                        kept_count(selection, tokens) / tokens if selection.amount.unit in _COUNTED else 1.0
+                    )
+                    found = read_press(self.lm, context.ids, method.removeprefix(PRESS), 1 - share)
                 else:
-                    found = read_context(self.lm, context.ids, needs(method), window)
-                context.evidence[method, window] = found
-            return context.evidence[method, window]
+                    found = read_context(self.lm, context.ids, needs(method), selection.window)
+                context.evidence[key] = found
+            return context.evidence[key]
 
     def _select(self, context: Context, selection: Selection, evidence: Evidence) -> KVCache:
         if selection.method == "all":
@@ -272,6 +276,12 @@ class Sender:
             bytes=count_bytes([len(frame) for frame in frames], kinds),
         )
         return Transfer(manifest, frames, receipt, draft)
+
+
+def evidence_key(selection: Selection) -> tuple[Any, ...]:
+    """What captured evidence depends on: method and window; a press may look at the amount too."""
+    amount = (selection.amount,) if selection.method.startswith(PRESS) else ()
+    return (selection.method, selection.window, *amount)
 
 
 def count_bytes(frame_bytes: Sequence[int], kinds: dict[str, int]) -> dict[str, int]:

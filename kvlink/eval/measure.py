@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvlink.agent.receiver import Held, Receiver
-from kvlink.agent.sender import Context, Look, Sender, Transfer
+from kvlink.agent.sender import Context, Look, Sender, Transfer, evidence_key
 from kvlink.cache import KVCache
 from kvlink.compress.select import choose_positions
 from kvlink.errors import ContextError
@@ -47,7 +47,7 @@ class _Room:
     item: Item
     context: Context
     references: dict[Shift, _Reference]
-    looks: dict[tuple[str, int], Look]
+    looks: dict[tuple[Any, ...], Look]
 
 
 class Bench:
@@ -95,7 +95,7 @@ class Bench:
     def _look(self, room: _Room, recipe: Recipe) -> Look:
         """Evidence of a method, captured once a context. The choice is made for the item's question."""
         chosen = recipe.selection
-        key = (chosen.method, chosen.window)
+        key = evidence_key(chosen)
         if key not in room.looks:
             room.looks[key] = self._sender.look(room.context, room.item.question, chosen)
         return room.looks[key]

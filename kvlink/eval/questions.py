@@ -31,6 +31,8 @@ in other words, another fact about the same entity, a fact about another one."""
 
 Rules = Literal["squad", "trivia"]
 
+_POOL = 256
+
 TRIVIA_WORDS = 800
 """Words of an evidence document that are read, as the data set's own conversion cuts them."""
 
@@ -80,15 +82,29 @@ def load_items(text: str, count: int, seed: int) -> list[Item]:
         if colon and not rest.isdecimal():
             raise ConfigError(f"generated takes a whole number as its seed, got {rest!r}")
         return list(itertools.islice(generated(int(rest) if colon else seed), count))
-    readers: dict[str, Callable[[Path], list[Item]]] = {"squad": squad, "trivia": trivia}
-    if colon and kind in readers and rest:
-        found = readers[kind](Path(rest))
-    elif text and Path(text).suffix == ".json":
-        found = squad(Path(text))
-    else:
-        raise ConfigError(f"data must be generated[:SEED], squad:FILE or trivia:FILE, got {text!r}")
+    found = _from_file(text)
     chosen = sorted(random.Random(f"sample/{seed}").sample(range(len(found)), min(count, len(found))))
     return [found[index] for index in chosen]
+
+
+def distractors(text: str, seed: int) -> list[str]:
+    """Contexts to pad with: of all questions of a file, or of passages that no question is about."""
+    if text.partition(":")[0] == "generated":
+        rng = random.Random(f"distractors/{seed}")
+        return [make_passage(rng, rng.randint(*FACT_COUNTS)).text for _ in range(_POOL)]
+    found = list(dict.fromkeys(item.context for item in _from_file(text)))
+    random.Random(f"distractors/{seed}").shuffle(found)
+    return found[:_POOL]
+
+
+def _from_file(text: str) -> list[Item]:
+    kind, colon, rest = text.partition(":")
+    readers: dict[str, Callable[[Path], list[Item]]] = {"squad": squad, "trivia": trivia}
+    if colon and kind in readers and rest:
+        return readers[kind](Path(rest))
+    if Path(text).is_file() or (Path(text).suffix == ".json" and not colon):
+        return squad(Path(text))
+    raise ConfigError(f"data must be generated[:SEED], squad:FILE or trivia:FILE, got {text!r}")
 
 
 def generated(seed: int, fact_counts: tuple[int, int] = FACT_COUNTS) -> Iterator[Item]:
@@ -251,18 +267,18 @@ def _trivia_hub(entry: dict[str, Any]) -> Item | None:
 
 
 def padded(
-    item: Item, distractors: Sequence[str], count_tokens: Callable[[str], int], tokens: int, seed: int
+    item: Item, others: Sequence[str], count_tokens: Callable[[str], int], tokens: int, seed: int
 ) -> Item:
     """`item` with other passages around its own until the context has at least `tokens` tokens.
 
-    Its own passage stands at a place drawn with `seed`. Distractors that name the question's answer
-    or share a question's subject are not avoided: passages of the generator hardly ever do.
-    Raises ContextError where the distractors do not suffice.
+    Passages and the place of its own are drawn with `seed`. A passage that happens to speak of the
+    same entity is not avoided: those of the generator hardly ever do.
+    Raises ContextError where the others do not suffice.
     """
     chosen: list[str] = []
     rng = random.Random(f"pad/{seed}")
     have = count_tokens(item.context)
-    for text in distractors:
+    for text in rng.sample(others, len(others)):
         if have >= tokens:
             break
         if text != item.context:

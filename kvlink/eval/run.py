@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,12 +27,10 @@ from blake3 import blake3
 from kvlink._release import RELEASE
 from kvlink.errors import ConfigError, ContextError, KvlinkError
 from kvlink.eval.measure import Bench
-from kvlink.eval.questions import Item, padded
+from kvlink.eval.questions import Item, distractors, padded
 from kvlink.eval.tables import Case
 from kvlink.model.loading import LanguageModel, load
 from kvlink.model.template import plain_template
-
-_DISTRACTORS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +105,11 @@ def run(
     open_items = [index for index in range(len(items)) if index not in record.lines]
     workers = settings.workers or (1 if settings.device != "cpu" else os.cpu_count() or 1)
     del lm
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as out:
-        # Written anew, so that half a line at the end of a broken run is gone.
-        for line in ({"header": header}, *record.lines.values()):
-            out.write(json.dumps(line) + "\n")
-        out.flush()
-        for line in _results(settings, items, cases, open_items, min(workers, max(1, len(open_items)))):
+    others = distractors(settings.data, settings.seed) if settings.pad_to else []
+    _begin(file, [{"header": header}, *record.lines.values()])
+    with file.open("a", encoding="utf-8") as out:
+        jobs = [(settings, index, items[index], others, cases) for index in open_items]
+        for line in _results(settings, jobs, min(workers, max(1, len(jobs)))):
             record.lines[line["item"]] = line
             out.write(json.dumps(line) + "\n")
             out.flush()
@@ -123,6 +118,14 @@ def run(
     if not record.measured():
         raise ContextError(f"no question could be measured: {next(iter(record.skipped.values()))}")
     return record
+
+
+def _begin(file: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Write what is known anew, so that half a line at the end of a broken run is gone; all or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(file.name + ".new")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    beside.replace(file)
 
 
 def read_record(file: Path) -> Record:
@@ -176,6 +179,9 @@ def _continue(file: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
     return {} if len(found.lines) == header["items"] else found.lines
 
 
+_Job = tuple[Settings, int, Item, Sequence[str], Sequence[Case]]
+"""The arguments of `_work`."""
+
 _bench: Bench | None = None
 
 
@@ -198,7 +204,7 @@ def _end_with_parent() -> None:
 
 
 def _work(
-    settings: Settings, index: int, item: Item, distractors: Sequence[str], cases: Sequence[Case]
+    settings: Settings, index: int, item: Item, others: Sequence[str], cases: Sequence[Case]
 ) -> dict[str, Any]:
     """In a worker: one question."""
     if _bench is None:
@@ -206,28 +212,24 @@ def _work(
     try:
         if settings.pad_to:
             lm = _bench.lm
-            item = padded(item, distractors, lambda text: len(lm.context_ids(text)), settings.pad_to, index)
+            item = padded(item, others, lambda text: len(lm.context_ids(text)), settings.pad_to, index)
         return {"item": index, **_bench.measure(item, cases)}
     except ContextError as error:  # this question does not fit this model; the others may
         return {"item": index, "skipped": str(error)}
 
 
-def _results(
-    settings: Settings, items: Sequence[Item], cases: Sequence[Case], open_items: Sequence[int], workers: int
-) -> Iterator[dict[str, Any]]:
+def _results(settings: Settings, jobs: Sequence[_Job], workers: int) -> Iterator[dict[str, Any]]:
     """Lines as they are ready. No more jobs than workers are out, so that a stop loses little."""
     spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in mid-air
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     pool = ProcessPoolExecutor(workers, spawn, _start_worker, (settings,))
     try:
-        waiting = list(reversed(open_items))
+        waiting = list(reversed(jobs))
         running: set[Future[dict[str, Any]]] = set()
         while waiting or running:
             while waiting and len(running) < workers:
-                index = waiting.pop()
-                others = _others(items, index, settings) if settings.pad_to else ()
-                running.add(pool.submit(_work, settings, index, items[index], others, cases))
+                running.add(pool.submit(_work, *waiting.pop()))
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
@@ -241,10 +243,3 @@ def _results(
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = threads
-
-
-def _others(items: Sequence[Item], index: int, settings: Settings) -> list[str]:
-    """Contexts of other items, to pad with."""
-    rest = [item.context for i, item in enumerate(items) if i != index]
-    rng = random.Random(f"others/{settings.seed}/{index}")
-    return rng.sample(rest, min(_DISTRACTORS, len(rest)))

@@ -108,14 +108,16 @@ def read_context(
     )
 
 
-def read_press(lm: LanguageModel, ids: Sequence[int], name: str) -> Evidence:
+def read_press(lm: LanguageModel, ids: Sequence[int], name: str, dropped: float = 0.0) -> Evidence:
     """The scores that the class `name` of the kvpress package gives every position.
 
     Its `score` is called as its own hook would call it: during one prefill, with the attention
-    layer, its inputs, keys and values. Attention weights reach it where the model runs eager
-    attention. Raises ConfigError where kvpress or the class is missing, or the class scores nothing.
+    layer, its inputs, keys and values, and with the share of positions that will be `dropped` as
+    its compression_ratio. Attention weights reach it where the model runs eager attention.
+    Raises ConfigError where kvpress or the class is missing, or the class scores nothing.
     """
     press = _make_press(name)
+    press.compression_ratio = dropped
     cache, scores = new_cache(lm), dict[int, Tensor]()
 
     def hook(module: Any, arguments: Any, named: dict[str, Any], output: Any) -> None:
@@ -136,10 +138,18 @@ def read_press(lm: LanguageModel, ids: Sequence[int], name: str) -> Evidence:
     with lm.lock:
         if hasattr(press, "post_init_from_model"):
             press.post_init_from_model(lm.model)
-        handles = [m.register_forward_hook(hook, with_kwargs=True) for m in _attention_layers(lm)]
+        layers = _attention_layers(lm)
+        handles = [m.register_forward_hook(hook, with_kwargs=True) for m in layers]
+        # Presses find the rotary embedding at each layer, where kvpress puts it.
+        rotary = getattr(lm.model.model, "rotary_emb", None) if hasattr(lm.model, "model") else None
+        lent = [m for m in layers if rotary is not None and not hasattr(m, "rotary_emb")]
+        for layer in lent:
+            object.__setattr__(layer, "rotary_emb", rotary)  # not a submodule: the model stays as it is
         try:
             _forward(lm, ids, cache, 0, seen=0)
         finally:
+            for layer in lent:
+                object.__delattr__(layer, "rotary_emb")
             for handle in handles:
                 handle.remove()
     heads = extract(cache, len(ids)).layers[0].keys.shape[0]

@@ -154,22 +154,26 @@ def rates(rows: Rows) -> str:
     text = next((row for row in rows if row["mode"] == "text" and row.get("wire_bytes")), None)
     wanted = ("raw", "int8", "int4", "q2c+draft@0.5 int4", "q2c+draft@0.25 int4")
     found = {row["recipe"]: row for row in rows if row["recipe"] in wanted and row.get("wire_bytes")}
-    if text is None or not found:
+    # A cache no larger than the text is faster on any link: there is no line to draw.
+    larger = [
+        found[name]
+        for name in wanted
+        if text and name in found and found[name]["wire_bytes"] > text["wire_bytes"]
+    ]
+    if text is None or not larger:
         return ""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": "rates"}):
         figure = Figure(figsize=(9, 4), layout="constrained")
         axes = figure.subplots()
-        for index, name in enumerate(name for name in wanted if name in found):
-            row = found[name]
+        for row, colour in zip(larger, _COLOURS, strict=False):
             line = [
                 break_even(
                     int(row["wire_bytes"]), int(text["wire_bytes"]), row["context_tokens"] / speed, 0.0
                 )
                 for speed in _SPEEDS
             ]
-            axes.plot(
-                _SPEEDS, [(b.rate_bps or math.nan) / 1e6 for b in line], label=name, color=_COLOURS[index], lw=1.5
-            )  # fmt: skip
+            rates_mbps = [(point.rate_bps or math.nan) / 1e6 for point in line]
+            axes.plot(_SPEEDS, rates_mbps, label=row["recipe"], color=colour, lw=1.5)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("tokens per second that the receiver reads")

@@ -5,13 +5,25 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from kvlink.errors import ContextError
+from kvlink.errors import ConfigError, ContextError
 from kvlink.eval.passages import UNKNOWN, lexicon, make_passage
-from kvlink.eval.questions import generated, prose, squad
+from kvlink.eval.questions import (
+    SHIFTS,
+    Query,
+    distractors,
+    generated,
+    load_items,
+    padded,
+    prose,
+    squad,
+    trivia,
+)
 
 
 def test_a_seed_gives_the_same_questions_in_every_process():
@@ -94,3 +106,183 @@ def test_other_files_are_refused(tmp_path, content, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ContextError, match="cannot read .*nothing.json"):
         squad(tmp_path / "nothing.json")
+
+
+def test_shifted_questions_ask_what_their_names_say():
+    for item in itertools.islice(generated(5), 60):
+        assert all(item.query(shift) is not None for shift in SHIFTS)
+        assert item.query("same") == Query(item.question, item.answers)
+        assert item.query("paraphrase").answers == item.answers
+        assert item.query("paraphrase").question != item.question
+        for other in (item.entity, item.unrelated):
+            assert other.question not in (item.question, *item.paraphrases)
+            assert other.answers[0] in item.context
+            assert other.answers[0] != UNKNOWN
+
+
+def test_another_fact_is_about_the_same_entity_and_an_unrelated_one_is_not():
+    rng = random.Random("questions/6")
+    for item in itertools.islice(generated(6), 30):
+        passages = make_passage(rng, rng.randint(18, 31)).questions
+        whole = {q.text: q.entity for q in passages}
+        assert whole[item.entity.question] == whole[item.question]
+        assert whole[item.unrelated.question] != whole[item.question]
+        rng = _after(rng, passages, item)
+
+
+def _after(rng, passages, item):
+    """The generator's state after it has drawn `item` from these questions."""
+    from kvlink.eval.passages import Passage
+    from kvlink.eval.questions import _query, _shifted
+
+    passage = Passage((), passages)
+    whole = [(q, *_shifted(passage, q)) for q in passages]
+    whole = [entry for entry in whole if entry[1] and entry[2]] or whole
+    _, same, others = rng.choice(whole)
+    _query(rng, same), _query(rng, others)
+    return rng
+
+
+QAS = [
+    {"question": "Where?", "answers": [{"text": "in Tavik"}, {"text": "Tavik"}]},
+    {"question": "Who?", "answers": [], "is_impossible": True},
+    {"question": "When?", "answers": [{"text": "1861"}], "is_impossible": False},
+]
+
+
+def test_in_a_squad_file_the_unrelated_question_is_another_of_the_paragraph(tmp_path):
+    file = tmp_path / "squad.json"
+    file.write_text(json.dumps({"data": [{"paragraphs": [{"context": "In Tavik, 1861.", "qas": QAS}]}]}))
+    where, when = squad(file)
+    assert where.unrelated == Query("When?", ("1861",))
+    assert when.unrelated == Query("Where?", ("in Tavik", "Tavik"))
+    assert where.query("paraphrase") is None
+    assert where.query("entity") is None
+
+
+def trivia_file(folder: Path, documents: dict[str, str]) -> Path:
+    for name, text in documents.items():
+        place = folder / "evidence" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+    file = folder / "qa" / "wikipedia-dev.json"
+    file.parent.mkdir(exist_ok=True)
+    entries = [
+        {
+            "Question": "Which street did Norma Desmond live on?",
+            "Answer": {"Value": "Sunset Boulevard", "Aliases": ["Sunset Blvd", "Sunset Boulevard"]},
+            "EntityPages": [{"Filename": "Norma.txt"}, {"Filename": "Sunset.txt"}],
+        },
+        {
+            "Question": "Who wrote it?",
+            "Answer": {"Value": "Billy Wilder", "Aliases": []},
+            "EntityPages": [{"Filename": "../../qa/wikipedia-dev.json"}],
+            "SearchResults": [{"Filename": "1/page.txt"}],
+        },
+        {"Question": "Without evidence?", "Answer": {"Value": "no", "Aliases": []}},
+    ]
+    file.write_text(json.dumps({"Data": entries, "Domain": "Wikipedia"}))
+    return file
+
+
+def test_a_trivia_file_takes_the_first_evidence_that_is_there(tmp_path):
+    file = trivia_file(
+        tmp_path, {"wikipedia/Sunset.txt": "Word " * 900, "web/1/page.txt": "Billy Wilder wrote."}
+    )
+    first, second = trivia(file)
+    assert first.answers == ("Sunset Boulevard", "Sunset Blvd")
+    assert len(first.context.split()) == 800
+    assert second.context == "Billy Wilder wrote.", "a name that leads out of the folder is passed over"
+    assert first.rules == second.rules == "trivia"
+
+
+def test_a_trivia_file_without_its_evidence_says_where_it_looked(tmp_path):
+    with pytest.raises(ContextError, match="no answerable question; its evidence is looked for under"):
+        trivia(trivia_file(tmp_path, {}))
+
+
+def test_hub_names_go_through_datasets(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    entries = {
+        "rajpurkar/squad_v2": [
+            {"context": "C", "question": "Q", "answers": {"text": ["a", "a"]}},
+            {"context": "C", "question": "R", "answers": {"text": []}},
+        ],
+        "mandarjoshi/trivia_qa": [
+            {
+                "question": "Q", "answer": {"value": "a", "aliases": ["b"]},
+                "entity_pages": {"wiki_context": []}, "search_results": {"search_context": [" ", "text"]},
+            }
+        ],
+    }  # fmt: skip
+    module = types.ModuleType("datasets")
+    module.load_dataset = lambda name, *_, **__: entries[name]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    assert [item.answers for item in load_items("squad:rajpurkar/squad_v2", 5, 0)] == [("a",)]
+    (item,) = load_items("trivia:mandarjoshi/trivia_qa", 5, 0)
+    assert (item.context, item.answers) == ("text", ("a", "b"))
+    with pytest.raises(ContextError, match="cannot load no/such from the hub"):
+        load_items("squad:no/such", 5, 0)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match="for a hub name the package datasets is needed"):
+        load_items("squad:rajpurkar/squad_v2", 5, 0)
+
+
+def test_of_a_file_the_seed_draws(tmp_path):
+    file = tmp_path / "many.json"
+    qas = [{"question": f"Q{i}?", "answers": [{"text": str(i)}]} for i in range(50)]
+    file.write_text(json.dumps({"data": [{"paragraphs": [{"context": "C", "qas": qas}]}]}))
+    first = load_items(f"squad:{file}", 10, 1)
+    assert first == load_items(str(file), 10, 1)
+    assert first != load_items(f"squad:{file}", 10, 2)
+    assert len(load_items(f"squad:{file}", 80, 1)) == 50
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("", ConfigError, "data must be generated"),
+        ("hotpot:file.json", ConfigError, "data must be generated"),
+        ("generated:x", ConfigError, "whole number as its seed, got 'x'"),
+        ("squad:missing.json", ContextError, "cannot read missing.json: No such file"),
+        ("trivia:missing.json", ContextError, "cannot read missing.json: No such file"),
+    ],
+)
+def test_data_that_is_not_there_is_refused_by_name(text, error, message):
+    with pytest.raises(error, match=message):
+        load_items(text, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"data": [{"paragraphs": [{"context": "C", "qas": [', "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"Data": 3}', "is not in TriviaQA's format"),
+        ('{"Data": [{"Answer": {}}]}', "is not in TriviaQA's format"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, content, message):
+    file = tmp_path / "damaged.json"
+    file.write_text(content)
+    with pytest.raises(ContextError, match=message):
+        trivia(file)
+
+
+def test_padding_puts_the_passage_among_others():
+    item, *others = itertools.islice(generated(1), 12)
+    rest = [other.context for other in others]
+    grown = padded(item, rest, lambda text: len(text.split()), 800, seed=3)
+    assert 800 <= len(grown.context.split()) < 800 + 400
+    assert item.context in grown.context
+    assert grown.question == item.question
+    assert grown == padded(item, rest, lambda text: len(text.split()), 800, seed=3)
+    places = {
+        padded(item, rest, lambda t: len(t.split()), 800, seed=s).context.index(item.context)
+        for s in range(9)
+    }
+    assert len(places) > 2, "its place varies"
+    assert distractors("generated:1", 5) == distractors("generated:1", 5)
+    assert item.context not in distractors("generated:1", 1)
+    with pytest.raises(ContextError, match="not enough other passages to pad a context to 100000 tokens"):
+        padded(item, rest, lambda text: len(text.split()), 100_000, seed=3)

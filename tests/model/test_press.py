@@ -18,6 +18,7 @@ from kvlink.recipe import Recipe
 from tests.conftest import random_ids
 
 TOKENS = 60
+THREE_TIMES = "Jand Faris was born in Nibo. Rom Tecil was born in Naklo. " * 3
 
 
 class KnormPress:
@@ -83,9 +84,9 @@ def test_layers_with_a_sliding_window_are_not_scored(random_lm, kvpress):
 
 
 def test_a_press_selects_like_any_other_method(tiny, kvpress, monkeypatch):
-    monkeypatch.setattr(KnormPress, "score", lambda self, m, h, keys, v, a, k: -keys.norm(dim=-1))
+    monkeypatch.setattr(sys.modules[__name__], "TOKENS", len(tiny.context_ids(THREE_TIMES)))
     sender = Sender(tiny)
-    context = sender.read("Jand Faris was born in Nibo. Rom Tecil was born in Naklo. " * 3)
+    context = sender.read(THREE_TIMES)
     transfer = sender.pack(context, "", "press:KnormPress@0.5 int8 scope=head sinks=0 recent=0")
     assert transfer.receipt.kept_tokens == -(-context.cache.tokens // 2)
     assert "press:KnormPress@0.5" in transfer.receipt.recipe
@@ -113,7 +114,9 @@ def test_without_the_package_the_error_says_so(random_lm, monkeypatch):
         read_press(random_lm(), random_ids(TOKENS), "KnormPress")
 
 
-@pytest.mark.parametrize("text", ["press:@0.5", "press:a.b@0.5", "press:__import__@0.5", "press:Knorm Press@0.5"])
+@pytest.mark.parametrize(
+    "text", ["press:@0.5", "press:a.b@0.5", "press:__import__@0.5", "press:Knorm Press@0.5"]
+)
 def test_a_press_is_named_by_a_plain_class_name(text):
     with pytest.raises(RecipeError):
         Recipe.parse(text)

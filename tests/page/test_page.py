@@ -1,0 +1,194 @@
+"""Pages: everything is in the file, what is foreign is escaped, and a real browser shows it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from kvlink import page
+from kvlink.errors import ConfigError
+from kvlink.eval.rows import Outcome, Row, summarise
+from kvlink.page.story import compose
+from kvlink.receipt import Receipt
+from kvlink.transport.api import Explanation
+
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
+    None,
+)
+HOSTILE = "</span><script>document.title='taken'</script><b>"
+
+
+def outcome(score: float, bits: float) -> Outcome:
+    return Outcome("a", "a", score, 0.9, score, True, round(50_000 * bits), bits, 0.01, 100, 50, 0.1, 0.2)
+
+
+def report() -> dict:
+    rows = []
+    known = {"model": HOSTILE, "data": "generated", "seed": 1}
+    for recipe, bits in (("text", 0.02), ("raw", 16.0), ("int8", 7.7), ("int4", 3.9), ("svd=8 raw", 2.7)):
+        rows.append(summarise(recipe, [outcome(0.9, bits)] * 5, table="quantization", **known))
+    for amount in (0.75, 0.25):
+        for shift in ("same", "paraphrase"):
+            for recipe in (f"q2c@{amount} raw", f"q2c@{amount} raw scope=head"):
+                rows.append(summarise(recipe, [outcome(0.5, 4)] * 5, shift=shift, table="selection", **known))
+    for layer in (0, 1):
+        for side in ("keys", "values"):
+            more = {"layer": layer, "side": side, "energy_top5": 0.6}
+            rows.append(Row(table="spectrum", more=more, **known))
+    run = {**known, "n": 5, "context_tokens": 100.0, "f1_full": 0.9}
+    return {"table": "all", "rows": [row.to_dict() for row in rows], "runs": [run], "notes": [HOSTILE]}
+
+
+def story(**more) -> dict:
+    told = {
+        "question": HOSTILE, "answer": "cello", "sender_answer": "cello", "text": "Rom plays the cello.",
+        "receipt": Receipt(
+            recipe="q2c@0.5 int4", context_tokens=4, kept_tokens=2, element_count=4096,
+            stage_s={"prefill": 0.02, "draft": 0.01, "select": 0.004, "encode": 0.003, "wire": 0.01,
+                     "decode": 0.002, "first_token": 0.006, "generate": 0.02},
+            bytes={"manifest": 275, "map": 1, "scales": 300, "codes": 2000, "framing": 200, "grpc": 40},
+            socket_bytes=3100,
+        ),
+        "told": Explanation(("Rom", " plays", HOSTILE, " cello"), (0.1, 0.0, 0.2, 0.7), (1.0, 0.0, 0.5, 1.0)),
+        "reads_tokens_per_s": 500.0,
+    }  # fmt: skip
+    return compose(**{**told, **more})
+
+
+class Reader(HTMLParser):
+    """What a page would fetch, what it runs, and its spans."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.scripts = 0
+        self.spans: list[tuple[str, str]] = []
+        self._span: str | None = None
+
+    def handle_starttag(self, tag, attributes):
+        named = dict(attributes)
+        self.scripts += tag == "script" or any(name.startswith("on") for name in named)
+        for name in ("src", "href", "xlink:href", "data", "action"):
+            if named.get(name) and not named[name].startswith("#"):
+                self.fetched.append(named[name])
+        self._span = named.get("class") if tag == "span" else None
+
+    def handle_endtag(self, tag):
+        self._span = None
+
+    def handle_data(self, data):
+        if self._span in ("sent", "dropped", "partly"):
+            self.spans.append((self._span, data))
+
+
+PAGES = {"tables": lambda: page.tables_page(report()), "story": lambda: page.story_page(story())}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_needs_nothing_but_itself_and_runs_nothing(name):
+    html = PAGES[name]()
+    reader = Reader()
+    reader.feed(html)
+    assert reader.fetched == []
+    assert reader.scripts == 0
+    assert not re.search(r"url\((?!#)|@import", html), "styles fetch nothing either"
+    assert "Content-Security-Policy" in html
+    assert "prefers-color-scheme: dark" in html
+    assert html == PAGES[name](), "the same report gives the same page"
+
+
+def test_the_tables_page_has_all_plots_and_all_rows():
+    html = page.tables_page(report())
+    assert html.count("<svg") == 4
+    assert "#010203" not in html
+    assert html.count("<tbody>") == 3
+    assert html.count("<tr>") == 3 + len(report()["rows"])
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    clips = {i for i in ids if i.startswith("p")}
+    assert all(f'id="{i}"' in html for i in re.findall(r"url\(#([^)]+)\)", html))
+    assert clips
+
+
+def test_a_report_without_some_tables_has_the_plots_that_it_can():
+    few = report()
+    few["rows"] = [row for row in few["rows"] if row["table"] == "spectrum"]
+    assert page.tables_page(few).count("<svg") == 1
+
+
+def test_the_story_shades_what_is_needed_and_strikes_out_what_was_not_sent():
+    reader = Reader()
+    reader.feed(page.story_page(story()))
+    assert reader.spans == [("sent", "Rom"), ("dropped", " plays"), ("partly", HOSTILE), ("sent", " cello")]
+    html = page.story_page(story())
+    shades = [float(x) for x in re.findall(r"--w: ([0-9.]+)", html)]
+    assert shades[3] == max(shades)
+    assert shades[1] == 0
+    assert "3 of 4 tokens were sent" in html
+    assert "2,816 bytes" in html
+    assert "the socket's own count is 3,100" in html
+    assert "above" in html
+    assert "Mbit/s" in html
+
+
+def test_the_waterfall_ends_where_the_answer_does():
+    places = re.findall(r"margin-left: ([0-9.]+)%; width: ([0-9.]+)%", page.story_page(story()))
+    ends = [float(left) + float(width) for left, width in places]
+    assert len(places) == 8
+    assert ends[-1] == pytest.approx(100, abs=0.1)
+    lefts = [float(left) for left, _ in places]
+    assert lefts == sorted(lefts)
+
+
+def test_a_text_transfer_says_that_the_text_was_sent():
+    receipt = Receipt(
+        recipe="text", context_tokens=4, element_count=4096, stage_s={"read": 0.02}, bytes={"text": 20}
+    )
+    html = page.story_page(story(receipt=receipt, told=Explanation()))
+    assert "The text itself was sent" in html
+    assert 'class="context"' not in html
+
+
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    assert not page.available()
+    with pytest.raises(ConfigError, match=r"pip install 'kvlink\[report\]'"):
+        page.tables_page(report())
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no headless browser: install chromium")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_a_real_browser_shows_the_page(tmp_path, name, scheme):
+    file, shot = tmp_path / "page.html", tmp_path / "shot.png"
+    file.write_text(PAGES[name](), encoding="utf-8")
+    number = {"dark": 0, "light": 1}[scheme]
+    options = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=900,1400",
+        "--force-device-scale-factor=1", f"--blink-settings=preferredColorScheme={number}",
+        f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ]  # fmt: skip
+    dom = subprocess.run(
+        [*options, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "<title>taken" not in dom.stdout
+    assert "CONSOLE" not in dom.stderr, dom.stderr
+    assert dom.stdout.count("<h2") >= 1
+    subprocess.run(
+        [*options, f"--screenshot={shot}", file.as_uri()], capture_output=True, timeout=120, check=True
+    )
+    light = _brightness(shot)
+    assert light > 0.8 if scheme == "light" else light < 0.35
+
+
+def _brightness(file: Path) -> float:
+    """Mean brightness of a picture, 0 to 1."""
+    from matplotlib import image
+
+    return float(image.imread(file)[..., :3].mean())
