@@ -74,9 +74,7 @@ def kept_by_its_own_hook(lm: LanguageModel, ids: list[int], name: str) -> torch.
 def main() -> int:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 3072, (TOKENS,), generator=generator).tolist()
-    print(
-        f"kvpress {kvpress.__version__ if hasattr(kvpress, '__version__') else ''} transformers {transformers.__version__}"
-    )
+    print(f"transformers {transformers.__version__}")
     bad = 0
     for name in PRESSES:
         lm = random_model("eager" if name == "ObservedAttentionPress" else "sdpa")
