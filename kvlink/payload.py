@@ -56,11 +56,11 @@ class Prompt:
 class Part:
     """Bytes of one kind. `plain_bytes`: their size after the coder is undone.
 
-    `coder` names how `data` was packed: `identity` or `zstd`.
+    `coder` names how `data` was packed: `identity`, `zstd`, or `rans` (codes of the transform codec).
     """
 
     kind: PartKind
-    coder: Literal["identity", "zstd"]
+    coder: Literal["identity", "zstd", "rans"]
     plain_bytes: int
     data: bytes
 
@@ -164,8 +164,12 @@ def plain_sizes(
 
     Known to both ends before a byte is taken: coded parts are never larger than plain ones.
     """
-    quantizer = recipe.quantizers(layer)[side == "values"]
     heads, size = shape.kv_heads, shape.head_size
+    if recipe.transform is not None:
+        codes: list[tuple[PartKind, int]] = [("codes", 4 * kept * heads * size)]
+        # A message without a profile brings mean, step and spread of every channel.
+        return codes if recipe.basis != "own" else [("scales", heads * size * (scale_bytes + 2)), *codes]
+    quantizer = recipe.quantizers(layer)[side == "values"]
     rank = min(recipe.rank, kept, heads * size)
     if not rank:
         return quantized_sizes(quantizer, (heads, kept, size), shape.element_bytes, scale_bytes)

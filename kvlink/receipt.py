@@ -56,8 +56,8 @@ class Capabilities:
     dtype: str
     release: str
     modes: tuple[str, ...] = ("kv", "text")
-    codecs: tuple[str, ...] = ("raw", "lossless", "int8", "int4", "int3", "int2", "int1", "svd")
-    coders: tuple[str, ...] = ("identity", "zstd")
+    codecs: tuple[str, ...] = ("raw", "lossless", "int8", "int4", "int3", "int2", "int1", "svd", "transform")
+    coders: tuple[str, ...] = ("identity", "zstd", "rans")
     limits: dict[str, int] = field(default_factory=dict)
     prefill_tokens_per_s: float = 0.0
     protocol_min: int = 1

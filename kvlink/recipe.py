@@ -9,6 +9,7 @@ JSON (`to_json`, `from_json`) and, in `wire`, protobuf.
     q2c@0.5 int4                      the half that the question attends to, 4 bits
     q2c+draft@0.25 int4 scope=head    ... and the draft of an answer, chosen per head
     int4 svd=32 layers=0:int8;27:int8 low rank; two layers finer
+    transform=1.4                     the transform codec; a larger step is smaller and coarser
     keys=int4/channel/g64/asym values=int4/token/g64/asym coder=zstd    the same in full
 
 Words are separated by spaces and may come in any order. `METHOD@AMOUNT`: a ratio (`0.25`), a
@@ -33,6 +34,8 @@ Scope = Literal["shared", "head"]
 When = Literal["after", "during"]
 Axis = Literal["token", "channel"]
 Coder = Literal["identity", "zstd"]
+STEP_CODES = (-40, 40)
+"""Range of a transform's step as 4 · log2: from 1/1024 to 1024."""
 
 METHODS = ("all", "q2c", "q2c+draft", "snapkv", "snapkv+question", "h2o", "streaming", "random")
 PRESS = "press:"
@@ -197,7 +200,12 @@ class LayerOverride:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a context cache is reduced. `rank` 0 means no low-rank step. See the module's text."""
+    """How a context cache is reduced. `rank` 0 means no low-rank step. See the module's text.
+
+    `transform`: the transform codec in place of quantizers, with a step of 2^(transform / 4) times
+    what the model is thought to tolerate. `basis`: `auto` (the sender's profile where it has one),
+    `own` (none), or the profile's digest in hex.
+    """
 
     mode: Mode = "kv"
     selection: Selection = field(default_factory=Selection)
@@ -206,6 +214,8 @@ class Recipe:
     rank: int = 0
     coder: Coder = "zstd"
     overrides: tuple[LayerOverride, ...] = ()
+    transform: int | None = None
+    basis: str = "auto"
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, ("kv", "text"))
@@ -216,6 +226,20 @@ class Recipe:
             raise RecipeError(f"layer overrides must be in order and name each layer once, got {layers}")
         if self.rank and (self.keys.lossless or self.values.lossless):
             raise RecipeError("svd and lossless exclude each other")
+        self._check_transform()
+
+    def _check_transform(self) -> None:
+        if self.basis not in ("auto", "own") and not re.fullmatch("[0-9a-f]{32}", self.basis):
+            raise RecipeError(f"basis must be auto, own or a profile's 32 hex digits, got {self.basis!r}")
+        if self.transform is None:
+            if self.basis != "auto":
+                raise RecipeError("a basis belongs to a transform")
+            return
+        _between("transform", self.transform, *STEP_CODES)
+        if (self.keys, self.values, self.rank, self.overrides) != (Quantizer(), Quantizer(), 0, ()):
+            raise RecipeError(
+                "transform takes the place of quantizers, svd and layers: give one or the other"
+            )
 
     def quantizers(self, layer: int) -> tuple[Quantizer, Quantizer]:
         """The quantizers of keys and values of a layer."""
@@ -236,6 +260,11 @@ class Recipe:
         for name in ("scope", "when", "sinks", "recent", "pool", "window", "seed"):
             if self.selection.method != "all" and getattr(self.selection, name) != getattr(defaults, name):
                 words.append(f"{name}={getattr(self.selection, name)}")
+        if self.transform is not None:
+            words.append(f"transform={2 ** (self.transform / 4):.4g}")
+            if self.basis != "auto":
+                words.append(f"basis={self.basis}")
+            return " ".join([*words, f"coder={self.coder}"])
         words += [f"keys={self.keys}", f"values={self.values}"]
         if self.rank:
             words.append(f"svd={self.rank}")
@@ -316,12 +345,27 @@ def _read_word(word: str, found: dict[str, Any], chosen: dict[str, Any]) -> None
         put(chosen, name, value if name in ("scope", "when") else _whole(name, value))
     elif name == "svd":
         put(found, "rank", _whole(name, value))
+    elif name == "transform":
+        put(found, "transform", _step_code(value))
+    elif name == "basis":
+        put(found, "basis", value)
     elif name == "coder":
         put(found, "coder", cast(Coder, value))
     elif name == "layers":
         put(found, "overrides", tuple(_override(item) for item in value.split(";")))
     else:
         raise RecipeError(f"unknown word {word!r} in a recipe")
+
+
+def _step_code(text: str) -> int:
+    """The code of the step nearest to `text`: steps are a quarter of an octave apart."""
+    try:
+        step = float(text)
+    except ValueError:
+        raise RecipeError(f"transform must be a step such as 1 or 1.5, got {text!r}") from None
+    if not 2 ** (STEP_CODES[0] / 4) <= step <= 2 ** (STEP_CODES[1] / 4):
+        raise RecipeError(f"transform must be a step from 1/1024 to 1024, got {text!r}")
+    return round(4 * math.log2(step))
 
 
 def _override(text: str) -> LayerOverride:

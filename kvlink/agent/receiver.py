@@ -10,7 +10,7 @@ Does not know: sockets (the service does). Place on the path: its second half.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -18,13 +18,17 @@ from kvlink.agent.sender import count_bytes
 from kvlink.cache import KVCache
 from kvlink.compress.codec import decode
 from kvlink.compress.lossless import unpack_part
+from kvlink.compress.transform import Known
 from kvlink.errors import CodecError, IdentityError
+from kvlink.model.calibrate import rotation
 from kvlink.model.generate import Answer, Step, answer, generate
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
 from kvlink.model.prefill import prefill
 from kvlink.model.restore import cache_shape, join
 from kvlink.payload import CacheShape, EncodedSegment, Part
+from kvlink.profile import Profile
 from kvlink.receipt import Receipt
+from kvlink.recipe import Recipe
 from kvlink.wire.file import read_frames
 from kvlink.wire.messages import Manifest
 from kvlink.wire.session import (
@@ -35,6 +39,8 @@ from kvlink.wire.session import (
     TextReceived,
     TransferComplete,
 )
+
+MAX_PROFILES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +58,12 @@ class Held:
 class Intake:
     """One transfer on its way in. `take` frames until `held` is there."""
 
-    def __init__(self, lm: LanguageModel, limits: Limits | None = None) -> None:
+    def __init__(
+        self, lm: LanguageModel, limits: Limits | None = None, profiles: Mapping[str, Profile] | None = None
+    ) -> None:
+        """`profiles`: what senders have sent ahead, by digest in hex, beside the model's own."""
         self._lm = lm
+        self._profiles = profiles or {}
         self.session = ReceiveSession(limits)
         self.held: Held | None = None
         self.usable = False
@@ -106,6 +116,7 @@ class Intake:
         own_shape = cache_shape(lm, shape.tokens)
         if manifest.mode == "kv":
             _check_shape(shape, own_shape)
+            self._profile(manifest.recipe)
         # Coded bytes and the rebuilt cache exist together for a moment.
         self.needed_bytes = 2 * own_shape.cache_bytes
 
@@ -118,7 +129,7 @@ class Intake:
             cache, stage, kinds = self._read(manifest, body), "read", {"text": body.coded_bytes}
         else:
             cache, stage, kinds = (
-                decode(body, manifest.shape, manifest.recipe),
+                decode(body, manifest.shape, manifest.recipe, self._known(manifest)),
                 "decode",
                 body.bytes_by_kind(),
             )
@@ -134,6 +145,24 @@ class Intake:
                 bytes=count_bytes(self._frame_bytes, kinds),
             ),
         )
+
+    def _profile(self, recipe: Recipe) -> Profile | None:
+        """The profile that a recipe names. Raises IdentityError where it is not here."""
+        if recipe.transform is None or recipe.basis == "own":
+            return None
+        if recipe.basis == "auto":
+            raise IdentityError("the manifest does not say which profile its codes belong to")
+        own = self._lm.profile
+        if own is not None and own.digest.hex() == recipe.basis:
+            return own
+        if recipe.basis not in self._profiles:
+            raise IdentityError(f"profile {recipe.basis[:12]} is not here; send it first, or use basis=own")
+        return self._profiles[recipe.basis]
+
+    def _known(self, manifest: Manifest) -> Known | None:
+        if manifest.recipe.transform is None:
+            return None
+        return Known(rotation(self._lm, manifest.shape.tokens), self._profile(manifest.recipe))
 
     def _read(self, manifest: Manifest, part: Part) -> KVCache:
         """Text mode: the receiver reads the text itself, in the sender's prompt."""
@@ -161,10 +190,29 @@ class Receiver:
     def __init__(self, model: str | LanguageModel = EMBEDDED, **options: str) -> None:
         """`options`: device, dtype, attention, as for `model.loading.load`."""
         self.lm = load(model, **options) if isinstance(model, str) else model
+        self.profiles: dict[str, Profile] = {}
+
+    def add_profile(self, data: bytes) -> Profile:
+        """Take a profile that a sender has sent ahead; the last few are kept.
+
+        Raises CodecError, and IdentityError where it is another model's or another shape's.
+        """
+        profile = Profile.from_bytes(data)
+        profile.require_match(self.lm.fingerprint)
+        shape = cache_shape(self.lm, 1)
+        found = (len(profile.keys), profile.keys[0].mean.numel())
+        if found != (shape.layers, shape.kv_heads * shape.head_size):
+            raise IdentityError(
+                f"the profile has {found[0]} layers of {found[1]} channels, the model has others"
+            )
+        while len(self.profiles) >= MAX_PROFILES:
+            del self.profiles[next(iter(self.profiles))]
+        self.profiles[profile.digest.hex()] = profile
+        return profile
 
     def receive(self, frames: Iterable[bytes], limits: Limits | None = None) -> Held:
         """Take a whole transfer. Raises TruncatedError where the frames end too early."""
-        intake = Intake(self.lm, limits)
+        intake = Intake(self.lm, limits, self.profiles)
         for frame in frames:
             intake.take(frame)
         intake.session.close()

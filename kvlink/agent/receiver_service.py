@@ -129,7 +129,7 @@ class ReceiverService:
     def _admit(self, frame: bytes, me: object) -> _Staged:
         """Open a transfer, or find the one that this manifest resumes."""
         self.sweep()
-        intake = Intake(self._receiver.lm, self.settings.limits)
+        intake = Intake(self._receiver.lm, self.settings.limits, self._receiver.profiles)
         intake.take(frame)
         manifest = intake.manifest
         if manifest is None:

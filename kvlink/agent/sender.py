@@ -19,12 +19,15 @@ from typing import Any, BinaryIO
 
 import torch
 from blake3 import blake3
+from torch import Tensor
 
 from kvlink.cache import Evidence, KVCache
 from kvlink.compress.codec import encode
 from kvlink.compress.lossless import pack_part
 from kvlink.compress.select import choose_positions, kept_count, needs, score
+from kvlink.compress.transform import Known
 from kvlink.errors import ContextError, LimitError, RecipeError
+from kvlink.model.calibrate import rotation, units
 from kvlink.model.generate import Answer, answer
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
 from kvlink.model.prefill import prefill, read_context, read_press, read_question
@@ -103,6 +106,7 @@ class Sender:
         `model.loading.load`."""
         self.lm = load(model, **options) if isinstance(model, str) else model
         self._chunk_bytes = chunk_bytes
+        self._units: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def read(self, text: str, turns: Sequence[Turn] = ()) -> Context:
         """Prefill `text`. Raises ContextError where it is empty or larger than the window."""
@@ -176,7 +180,7 @@ class Sender:
         Raises RecipeError, ContextError, LimitError (the budget is too small for any cache).
         """
         recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-        recipe = _with_budget(recipe, budget_bytes)
+        recipe = self._resolved(_with_budget(recipe, budget_bytes))
         if recipe.mode == "text":
             clock = _Clock()
             part = pack_part("text", context.text.encode(), recipe.coder)
@@ -188,9 +192,23 @@ class Sender:
             return self._fit(context, recipe, look.evidence, clock, look.draft)
         kept = self._select(context, recipe.selection, look.evidence)
         clock.lap("select")
-        segment = encode(kept, recipe)
+        segment = encode(kept, recipe, self._known(recipe, context))
         clock.lap("encode")
         return self._frame(context, recipe, segment, clock, look.draft)
+
+    def _resolved(self, recipe: Recipe) -> Recipe:
+        """A transform's basis by name: the model's profile where there is one."""
+        if recipe.transform is None or recipe.basis != "auto":
+            return recipe
+        profile = self.lm.profile
+        return replace(recipe, basis=profile.digest.hex() if profile else "own")
+
+    def _known(self, recipe: Recipe, context: Context) -> Known | None:
+        if recipe.transform is None:
+            return None
+        if recipe.basis == "own" and not self._units:
+            self._units = units(self.lm)
+        return Known(rotation(self.lm, context.cache.tokens), self.lm.profile, self._units)
 
     def _of_context(self, context: Context, selection: Selection) -> Evidence:
         """Evidence that serves every question over the context; captured once."""
@@ -220,7 +238,7 @@ class Sender:
     ) -> Transfer:
         """The largest count of tokens whose transfer fits the byte budget, by measured sizes."""
         budget, tokens = int(recipe.selection.amount.value), context.cache.tokens
-        low, high, best = 0, tokens + 1, None
+        low, high, best, known = 0, tokens + 1, None, self._known(recipe, context)
         guess = tokens
         for _ in range(_FIT_ROUNDS + tokens.bit_length()):
             counted = recipe.with_amount(Amount(guess, "count"))
@@ -228,7 +246,11 @@ class Sender:
             if kept_count(selection, tokens) != guess:  # sinks and recent tokens are always in
                 guess = kept_count(selection, tokens)
             transfer = self._frame(
-                context, counted, encode(self._select(context, selection, evidence), counted), clock, draft
+                context,
+                counted,
+                encode(self._select(context, selection, evidence), counted, known),
+                clock,
+                draft,
             )
             size = transfer.receipt.wire_bytes
             if size <= budget:

@@ -1,7 +1,8 @@
 """The codec: a kept cache to an encoded segment and back. The only place where the steps meet.
 
     positions ──▶ bitmap ──▶ coder                                   ─┐
-    keys, values of each layer ──▶ low rank? ──▶ quantize ──▶ coder  ─┴▶ EncodedSegment
+    keys, values of each layer ──▶ low rank? ──▶ quantize ──▶ coder  ─┤
+                           or  ──▶ transform ──▶ rans                 ─┴▶ EncodedSegment
 
 Does not know: frames, models, why a position was chosen. Place on the path: between select and
 frame at the sender, between deframe and restore at the receiver.
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from kvlink.cache import DTYPES, KVCache, LayerCache, full_positions
+from kvlink.compress import transform
 from kvlink.compress.lossless import from_planes, pack_part, to_planes, unpack_part
 from kvlink.compress.quantize import dequantize, quantize
-from kvlink.errors import CodecError
+from kvlink.compress.transform import Known
+from kvlink.errors import CodecError, RecipeError
 from kvlink.payload import (
     CacheShape,
     EncodedSegment,
@@ -32,8 +35,8 @@ from kvlink.recipe import Coder, Quantizer, Recipe
 Side = Literal["keys", "values"]
 
 
-def encode(cache: KVCache, recipe: Recipe) -> EncodedSegment:
-    """Code a cache that has been cut down to its kept positions.
+def encode(cache: KVCache, recipe: Recipe, known: Known | None = None) -> EncodedSegment:
+    """Code a cache that has been cut down to its kept positions. `known`: for a transform.
 
     Raises CodecError where a number is not finite and the recipe is not raw or lossless.
     """
@@ -41,7 +44,10 @@ def encode(cache: KVCache, recipe: Recipe) -> EncodedSegment:
     for index, layer in enumerate(cache.layers):
         for side, tensor in (("keys", layer.keys), ("values", layer.values)):
             try:
-                tensors.append(_encode_tensor(tensor, index, _side(side), recipe))
+                if recipe.transform is not None:
+                    tensors.append(_transform(tensor, layer, index, _side(side), recipe, _needed(known)))
+                else:
+                    tensors.append(_encode_tensor(tensor, index, _side(side), recipe))
             except CodecError as error:
                 raise CodecError(f"layer {index} {side}: {error}") from error
     sets = _position_sets(cache)
@@ -54,8 +60,8 @@ def encode(cache: KVCache, recipe: Recipe) -> EncodedSegment:
     return EncodedSegment(kept, len(sets), pack_part("map", plain, recipe.coder), tuple(tensors))
 
 
-def decode(segment: EncodedSegment, shape: CacheShape, recipe: Recipe) -> KVCache:
-    """Rebuild the kept cache, on the CPU and in the cache's own dtype.
+def decode(segment: EncodedSegment, shape: CacheShape, recipe: Recipe, known: Known | None = None) -> KVCache:
+    """Rebuild the kept cache, on the CPU and in the cache's own dtype. `known`: for a transform.
 
     Raises CodecError where sizes, counts or positions do not fit the shape.
     """
@@ -67,19 +73,50 @@ def decode(segment: EncodedSegment, shape: CacheShape, recipe: Recipe) -> KVCach
     layers = []
     for index in range(shape.layers):
         held = whole.get(index, segment.kept)
-        sides = []
-        for side in ("keys", "values"):
-            try:
-                tensor = parts[index, _side(side)]
-                sides.append(_decode_tensor(tensor, shape, held, recipe))
-            except (CodecError, KeyError) as error:
-                raise CodecError(f"layer {index} {side}: {error}") from error
         if index in whole:
             places = full_positions(shape.kv_heads, held, shape.tokens - held)
         else:
             places = positions[index]
+        sides = []
+        for side in ("keys", "values"):
+            try:
+                tensor = parts[index, _side(side)]
+                if recipe.transform is not None:
+                    sides.append(_untransform(tensor, shape, places, recipe, _needed(known)))
+                else:
+                    sides.append(_decode_tensor(tensor, shape, held, recipe))
+            except (CodecError, KeyError) as error:
+                raise CodecError(f"layer {index} {side}: {error}") from error
         layers.append(LayerCache(sides[0], sides[1], places, index in whole))
     return KVCache(tuple(layers), shape.tokens)
+
+
+def _transform(
+    tensor: Tensor, layer: LayerCache, index: int, side: Side, recipe: Recipe, known: Known
+) -> EncodedTensor:
+    heads, kept, size = tensor.shape
+    width, parts = transform.encode_side(tensor, layer.positions, index, side, recipe, known)
+    return EncodedTensor(index, side, (heads, kept, size), width, parts)
+
+
+def _untransform(
+    tensor: EncodedTensor, shape: CacheShape, positions: Tensor, recipe: Recipe, known: Known
+) -> Tensor:
+    kept = positions.shape[1]
+    expected = plain_sizes(recipe, shape, tensor.layer, tensor.side, kept, tensor.scale_bytes)
+    found = [(part.kind, part.plain_bytes) for part in tensor.parts]
+    if found != expected or tensor.shape != (shape.kv_heads, kept, shape.head_size):
+        raise CodecError(f"expected parts {expected}, found {found} of {tensor.shape}")
+    dtype = DTYPES[shape.dtype]
+    return transform.decode_side(
+        tensor.parts, tensor.scale_bytes, tensor.shape, positions, tensor.layer, tensor.side, recipe, known, dtype
+    )  # fmt: skip
+
+
+def _needed(known: Known | None) -> Known:
+    if known is None:
+        raise RecipeError("a transform needs the model's rotation, which was not given")
+    return known
 
 
 def _side(side: str) -> Side:

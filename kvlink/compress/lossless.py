@@ -34,6 +34,8 @@ def unpack_part(part: Part) -> bytes:
         if len(part.data) != part.plain_bytes:
             raise CodecError(f"{part.kind}: expected {part.plain_bytes} bytes, found {len(part.data)}")
         return part.data
+    if part.coder != "zstd":
+        raise CodecError(f"{part.kind}: {part.coder} is not a coder of plain bytes")
     try:
         declared = zstandard.get_frame_parameters(part.data).content_size
         if declared != part.plain_bytes:

@@ -9,7 +9,7 @@ Does not know: contexts, peers. Place on the path: before it.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,21 @@ from kvlink.errors import ConfigError, ContextError, ModelError, UnsupportedCach
 from kvlink.model.fingerprint import fingerprint_of
 from kvlink.model.template import Template, Turn, template_for
 from kvlink.payload import Fingerprint, Prompt
+from kvlink.profile import Profile
 
 EMBEDDED = "kvlink-tiny"
+PROFILE_FILE = "kvlink.profile"
+"""A profile of this name in a model's folder is used with it."""
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _CHANGING_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
-    """A model with its tokenizer and template. `lock` is held for every forward pass."""
+    """A model with its tokenizer and template. `lock` is held for every forward pass.
+
+    `profile`: what is known of its caches beforehand, where its folder has one.
+    """
 
     name: str
     model: Any
@@ -38,6 +44,7 @@ class LanguageModel:
     template: Template
     fingerprint: Fingerprint
     attention: str
+    profile: Profile | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
@@ -125,7 +132,19 @@ def load(
         model.to(device)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load {name!r}: {str(error).strip().splitlines()[0]}") from error
-    return wrap(name, model, tokenizer, folder if folder.is_dir() else _snapshot(model))
+    lm = wrap(name, model, tokenizer, folder if folder.is_dir() else _snapshot(model))
+    file = folder / PROFILE_FILE
+    return with_profile(lm, file) if file.is_file() else lm
+
+
+def with_profile(lm: LanguageModel, file: Path) -> LanguageModel:
+    """The model with the profile of a file. Raises CodecError, IdentityError where it is another's."""
+    try:
+        profile = Profile.from_bytes(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read the profile {file}: {error.strerror}") from error
+    profile.require_match(lm.fingerprint)
+    return replace(lm, profile=profile)
 
 
 def wrap(name: str, model: Any, tokenizer: Any, folder: Path | None = None) -> LanguageModel:

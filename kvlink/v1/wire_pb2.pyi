@@ -27,6 +27,7 @@ class Coder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CODER_UNSPECIFIED: _ClassVar[Coder]
     CODER_IDENTITY: _ClassVar[Coder]
     CODER_ZSTD: _ClassVar[Coder]
+    CODER_RANS: _ClassVar[Coder]
 MODE_UNSPECIFIED: Mode
 MODE_KV: Mode
 MODE_TEXT: Mode
@@ -39,6 +40,7 @@ SEGMENT_KIND_REFINEMENT: SegmentKind
 CODER_UNSPECIFIED: Coder
 CODER_IDENTITY: Coder
 CODER_ZSTD: Coder
+CODER_RANS: Coder
 
 class Frame(_message.Message):
     __slots__ = ("sequence", "manifest", "segment_header", "segment_end", "end", "chunk")
@@ -171,7 +173,7 @@ class LayerOverride(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., keys: _Optional[_Union[Quantizer, _Mapping]] = ..., values: _Optional[_Union[Quantizer, _Mapping]] = ...) -> None: ...
 
 class Recipe(_message.Message):
-    __slots__ = ("mode", "selection", "keys", "values", "rank", "coder", "overrides")
+    __slots__ = ("mode", "selection", "keys", "values", "rank", "coder", "overrides", "transform", "basis")
     MODE_FIELD_NUMBER: _ClassVar[int]
     SELECTION_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +181,8 @@ class Recipe(_message.Message):
     RANK_FIELD_NUMBER: _ClassVar[int]
     CODER_FIELD_NUMBER: _ClassVar[int]
     OVERRIDES_FIELD_NUMBER: _ClassVar[int]
+    TRANSFORM_FIELD_NUMBER: _ClassVar[int]
+    BASIS_FIELD_NUMBER: _ClassVar[int]
     mode: str
     selection: Selection
     keys: Quantizer
@@ -186,7 +190,9 @@ class Recipe(_message.Message):
     rank: int
     coder: str
     overrides: _containers.RepeatedCompositeFieldContainer[LayerOverride]
-    def __init__(self, mode: _Optional[str] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., keys: _Optional[_Union[Quantizer, _Mapping]] = ..., values: _Optional[_Union[Quantizer, _Mapping]] = ..., rank: _Optional[int] = ..., coder: _Optional[str] = ..., overrides: _Optional[_Iterable[_Union[LayerOverride, _Mapping]]] = ...) -> None: ...
+    transform: int
+    basis: str
+    def __init__(self, mode: _Optional[str] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., keys: _Optional[_Union[Quantizer, _Mapping]] = ..., values: _Optional[_Union[Quantizer, _Mapping]] = ..., rank: _Optional[int] = ..., coder: _Optional[str] = ..., overrides: _Optional[_Iterable[_Union[LayerOverride, _Mapping]]] = ..., transform: _Optional[int] = ..., basis: _Optional[str] = ...) -> None: ...
 
 class Prompt(_message.Message):
     __slots__ = ("template_id", "before", "after")

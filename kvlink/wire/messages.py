@@ -68,6 +68,8 @@ def recipe_to_proto(recipe: Recipe) -> pb.Recipe:
         values=_quantizer_to_proto(recipe.values),
         rank=recipe.rank,
         coder=recipe.coder,
+        transform=recipe.transform,
+        basis="" if recipe.basis == "auto" else recipe.basis,
         overrides=[
             pb.LayerOverride(
                 layer=o.layer, keys=_quantizer_to_proto(o.keys), values=_quantizer_to_proto(o.values)
@@ -102,6 +104,8 @@ def recipe_from_proto(message: pb.Recipe) -> Recipe:
         values=_quantizer_from_proto(message.values),
         rank=message.rank,
         coder=cast(Any, message.coder),
+        transform=message.transform if message.HasField("transform") else None,
+        basis=message.basis or "auto",
         overrides=tuple(
             LayerOverride(o.layer, _quantizer_from_proto(o.keys), _quantizer_from_proto(o.values))
             for o in message.overrides

@@ -44,7 +44,7 @@ TRANSITIONS: dict[tuple[State, str], State] = {
 """(state, frame) → next state. Every other pair is a protocol error and leads to `failed`."""
 
 CHUNK_BYTES = 512 * 1024
-_CODERS = {"identity": pb.CODER_IDENTITY, "zstd": pb.CODER_ZSTD}
+_CODERS = {"identity": pb.CODER_IDENTITY, "zstd": pb.CODER_ZSTD, "rans": pb.CODER_RANS}
 _CODER_NAMES = {value: name for name, value in _CODERS.items()}
 
 
@@ -295,7 +295,7 @@ class _Header:
 
     kept: int
     map_sets: int
-    parts: tuple[tuple[PartKind, Literal["identity", "zstd"], int, int], ...]
+    parts: tuple[tuple[PartKind, Literal["identity", "zstd", "rans"], int, int], ...]
     """(kind, coder, plain bytes, coded bytes) in wire order."""
     tensors: tuple[tuple[int, Literal["keys", "values"], tuple[int, int, int], int, int], ...]
     """(layer, side, shape, bytes per scale, number of parts)."""

@@ -1,0 +1,191 @@
+"""The transform codec: keys without rotation and mean, coefficients in units of tolerance, one step.
+
+    keys ─▶ rotation off ─▶ − mean ─▶ basis ─▶ ÷ step ─▶ round ─▶ entropy code
+
+With a profile, mean, basis and spreads are known at both ends and only codes travel. Without one
+the basis is the channels themselves, and their mean, step and spread travel with the message.
+Arithmetic is float64, so that neither threads nor the cache's dtype change a byte.
+
+Source: transform coding; rate and distortion as in Gersho and Gray, ch. 8; `docs/codec.md`.
+Does not know: models, which positions were kept. Place on the path: quantize and code in one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvlink.compress import rans
+from kvlink.errors import CodecError, RecipeError
+from kvlink.payload import Part
+from kvlink.profile import Profile, Side
+from kvlink.recipe import Recipe
+
+_CODE_LIMIT = 127
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What both ends know of the model beside a message.
+
+    `rotation`: cosine and sine of each layer's rotary embedding at positions 0 … T − 1,
+    `[T, Drot]` float32 each. `units`: for keys and values of each layer the step that the model
+    tolerates in a channel, `[C]` float64, of values relative to each other; only an encoder without
+    a profile needs them.
+    """
+
+    rotation: tuple[tuple[Tensor, Tensor], ...]
+    profile: Profile | None = None
+    units: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def side(self, recipe: Recipe, layer: int, side: str) -> Side | None:
+        """The profile's side where the recipe uses one. Raises RecipeError where it is not this one."""
+        if recipe.basis == "own":
+            return None
+        if self.profile is None or self.profile.digest.hex() != recipe.basis:
+            here = self.profile.digest.hex()[:12] if self.profile else "none"
+            raise RecipeError(f"the recipe needs profile {recipe.basis[:12]}, here is {here}")
+        return self.profile.side(layer, side)
+
+
+def encode_side(
+    tensor: Tensor, positions: Tensor, layer: int, side: str, recipe: Recipe, known: Known
+) -> tuple[int, tuple[Part, ...]]:
+    """Bytes a scale (2 or 4) and the parts of keys or values `[H, K, D]` at `positions` `[H, K]`."""
+    step = _step(recipe)
+    plain = tensor.detach().cpu().double()
+    if not bool(plain.isfinite().all()):
+        raise CodecError("a number is not finite: only raw and lossless carry it")
+    if side == "keys":
+        plain = _rotated(plain, positions, known.rotation[layer], -1)
+    shared = known.side(recipe, layer, side)
+    if shared is not None:
+        rows = _blocked(plain, len(shared.synthesis)) - _blocked_row(
+            shared.mean.double(), len(shared.synthesis)
+        )
+        found = torch.einsum("bkc,bdc->bkd", rows, shared.analysis) / step
+        classes = _classes(shared.spread.numpy() - _code(recipe), found.shape)
+        return 2, (_codes(found, classes),)
+    rows = _blocked(plain, tensor.shape[0])
+    mean, width = _mean(rows)
+    tolerated = known.units[layer][side == "values"].reshape(len(rows), 1, -1)
+    if side == "values":  # relative: to the size of what the layer's values bring
+        tolerated = tolerated * ((rows - mean) / tolerated).square().mean().sqrt().clamp(min=1e-9)
+    unit = (4 * tolerated.reshape(-1).log2()).round().long().clamp(-_CODE_LIMIT, _CODE_LIMIT)
+    steps = (unit + _code(recipe)).clamp(-_CODE_LIMIT, _CODE_LIMIT)
+    found = (rows - mean) / _from_code(steps).reshape(len(rows), 1, -1)
+    spread = (4 * found.square().mean(1).sqrt().clamp(min=1e-9).log2()).round()
+    spread = spread.long().clamp(-_CODE_LIMIT, _CODE_LIMIT).reshape(-1)
+    header = mean.reshape(-1).to(torch.float16 if width == 2 else torch.float32).numpy().tobytes()
+    header += steps.to(torch.int8).numpy().tobytes() + spread.to(torch.int8).numpy().tobytes()
+    return width, (
+        Part("scales", "identity", len(header), header),
+        _codes(found, _classes(spread.numpy(), found.shape)),
+    )
+
+
+def decode_side(
+    parts: tuple[Part, ...], scale_bytes: int, shape: tuple[int, int, int], positions: Tensor, layer: int, side: str,
+    recipe: Recipe, known: Known, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Keys or values `[H, K, D]` in `dtype`. Raises CodecError where the parts do not fit."""
+    heads, kept, size = shape
+    shared = known.side(recipe, layer, side)
+    if shared is not None:
+        blocks = len(shared.synthesis)
+        classes = _classes(shared.spread.numpy() - _code(recipe), (blocks, kept, heads * size // blocks))
+        coefficients = _symbols(parts[0], classes, (blocks, kept, -1)) * _step(recipe)
+        rows = torch.einsum("bkd,bcd->bkc", coefficients, shared.synthesis.double())
+        rows = rows + _blocked_row(shared.mean.double(), blocks)
+    else:
+        mean, steps, spread = _header(parts[0], scale_bytes, heads * size)
+        classes = _classes(spread, (heads, kept, size))
+        rows = _symbols(parts[1], classes, (heads, kept, size)) * steps.reshape(heads, 1, size)
+        rows = rows + mean.reshape(heads, 1, size)
+    plain = rows.transpose(0, 1).reshape(kept, heads, size).transpose(0, 1)
+    if side == "keys":
+        plain = _rotated(plain, positions, known.rotation[layer], 1)
+    return plain.to(dtype).contiguous()
+
+
+def _rotated(tensor: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor], way: int) -> Tensor:
+    """`[H, K, D]` float64 with the rotation of its positions put on (way 1) or taken off (−1).
+
+    Channels beyond the rotated ones stay. A scaling of the rotation (YaRN) is undone with it.
+    """
+    cosine, sine = (part.double()[positions] for part in rotation)
+    size = cosine.shape[-1]
+    turned, rest = tensor[..., :size], tensor[..., size:]
+    first, second = turned.chunk(2, -1)
+    if way > 0:
+        out = turned * cosine + torch.cat((-second, first), -1) * sine
+    else:
+        scale = cosine.square() + sine.square()
+        out = (turned * cosine - torch.cat((-second, first), -1) * sine) / scale
+    return torch.cat((out, rest), -1)
+
+
+def _blocked(tensor: Tensor, blocks: int) -> Tensor:
+    """`[H, K, D]` → `[B, K, C/B]`: the channels of one block side by side."""
+    heads, kept, size = tensor.shape
+    return tensor.transpose(0, 1).reshape(kept, blocks, heads * size // blocks).transpose(0, 1)
+
+
+def _blocked_row(row: Tensor, blocks: int) -> Tensor:
+    """`[C]` → `[B, 1, C/B]`."""
+    return row.reshape(blocks, 1, -1)
+
+
+def _mean(rows: Tensor) -> tuple[Tensor, int]:
+    """Means `[B, 1, C/B]` as they travel, and their width: FP16 where that holds them."""
+    mean = rows.mean(1, keepdim=True)
+    narrow = mean.to(torch.float16).double()
+    return (narrow, 2) if bool(narrow.isfinite().all()) else (mean.float().double(), 4)
+
+
+def _code(recipe: Recipe) -> int:
+    if recipe.transform is None:
+        raise RecipeError(f"{recipe} has no transform")
+    return recipe.transform
+
+
+def _step(recipe: Recipe) -> float:
+    return float(2 ** (_code(recipe) / 4))
+
+
+def _from_code(codes: Tensor) -> Tensor:
+    return torch.pow(torch.tensor(2.0, dtype=torch.float64), codes.double() / 4)
+
+
+def _classes(spread: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The class of every coefficient `[B · K · C/B]`, from those of the channels `[C]`."""
+    blocks, kept, channels = shape
+    rows = rans.clip_classes(spread).reshape(blocks, 1, channels)
+    return np.broadcast_to(rows, (blocks, kept, channels)).reshape(-1)
+
+
+def _codes(found: Tensor, classes: np.ndarray) -> Part:
+    """The rounded coefficients, entropy coded. Plain are 4 bytes a coefficient."""
+    if float(found.abs().max()) >= 2**31:
+        raise CodecError(f"the step is too fine for a coefficient of {float(found.abs().max()):.3g} steps")
+    data = rans.encode(found.round().reshape(-1).long().numpy(), classes)
+    return Part("codes", "rans", 4 * classes.size, data)
+
+
+def _symbols(part: Part, classes: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    if part.coder != "rans":
+        raise CodecError(f"codes of a transform come in rans, found {part.coder}")
+    return torch.from_numpy(rans.decode(part.data, classes)).double().reshape(shape)
+
+
+def _header(part: Part, width: int, channels: int) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Mean, step `[C]` float64 and spread codes `[C]` of a message without a profile."""
+    mean = np.frombuffer(part.data, "<f2" if width == 2 else "<f4", channels)
+    codes = np.frombuffer(part.data, np.int8, 2 * channels, width * channels).astype(np.int64)
+    if not np.isfinite(mean).all():
+        raise CodecError("a mean is not finite")
+    steps = _from_code(torch.from_numpy(codes[:channels]))
+    return torch.from_numpy(mean.astype(np.float64)), steps, codes[channels:]
