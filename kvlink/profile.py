@@ -58,6 +58,8 @@ class Profile:
     keys: tuple[Side, ...]
     values: tuple[Side, ...]
     about: dict[str, str]
+    quality: tuple[tuple[int, float], ...] = ()
+    """Share of answers that stayed the same on held-out texts, by 4 · log2 of the step."""
 
     @cached_property
     def digest(self) -> bytes:
@@ -80,6 +82,7 @@ class Profile:
             "layers": str(len(self.keys)),
             "fingerprint": json.dumps({k: v.hex() for k, v in asdict(self.fingerprint).items()}),
             "about": json.dumps(self.about, sort_keys=True),
+            "quality": json.dumps(self.quality),
         }
         # One entry: safetensors keeps several in no particular order.
         packed = {"kvlink": json.dumps(told, sort_keys=True)}
@@ -98,6 +101,7 @@ class Profile:
                 f.name: bytes.fromhex(json.loads(told["fingerprint"])[f.name]) for f in fields(Fingerprint)
             }
             about = {str(k): str(v) for k, v in json.loads(told["about"]).items()}
+            quality = tuple((int(code), float(share)) for code, share in json.loads(told["quality"]))
             layers = int(told["layers"])
             tensors = safetensors.torch.load(data)
             if layers < 1 or len(tensors) != 6 * layers:
@@ -113,7 +117,7 @@ class Profile:
         sizes = {side.mean.shape for both in sides.values() for side in both}
         if len(sizes) != 1:
             raise CodecError(f"profile: layers differ in channels: {sorted(tuple(s) for s in sizes)}")
-        return cls(Fingerprint(**marks), sides["keys"], sides["values"], about)
+        return cls(Fingerprint(**marks), sides["keys"], sides["values"], about, quality)
 
     def require_match(self, fingerprint: Fingerprint) -> None:
         """Raise IdentityError, naming the component, where the profile is another model's.

@@ -9,11 +9,44 @@ from dataclasses import dataclass, field, replace
 
 from kvlink.payload import Fingerprint
 
-STAGES = ("prefill", "draft", "select", "encode", "wire", "decode", "read", "first_token", "generate")
+STAGES = (
+    "prefill",
+    "draft",
+    "select",
+    "encode",
+    "verify",
+    "wire",
+    "decode",
+    "read",
+    "first_token",
+    "generate",
+)
 """Stages in the order of the path. `read`: the receiver's own prefill in text mode."""
 
 BYTE_KINDS = ("manifest", "map", "scales", "codes", "text", "framing", "grpc")
 """Kinds of bytes. `framing`: headers, chunks, digests. `grpc`: message and HTTP/2 headers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What the sender found when it decoded its own message and read its own answer from it.
+
+    `agreeing_tokens` of `tokens`: where the message's cache chooses the token that the full cache
+    chose. `kl_mean`: KL(full ‖ message) of the next-token distributions, nats. `logit_error`: the
+    largest difference of a logit. `escalations`: times that the message was made finer.
+    """
+
+    agreeing_tokens: int
+    tokens: int
+    kl_mean: float
+    logit_error: float
+    escalations: int = 0
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether the receiver will answer this question as the sender would."""
+        return self.agreeing_tokens == self.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +65,7 @@ class Receipt:
     stage_s: dict[str, float] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     socket_bytes: int = 0
+    certificate: Certificate | None = None
 
     @property
     def wire_bytes(self) -> int:
@@ -60,5 +94,6 @@ class Capabilities:
     coders: tuple[str, ...] = ("identity", "zstd", "rans")
     limits: dict[str, int] = field(default_factory=dict)
     prefill_tokens_per_s: float = 0.0
+    profiles: tuple[bytes, ...] = ()
     protocol_min: int = 1
     protocol_max: int = 1

@@ -313,6 +313,26 @@ class Recipe:
             raise RecipeError(f"not a recipe in JSON: {error}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a message should be like, beyond its recipe; 0 and False ask for nothing.
+
+    `budget_bytes`: most bytes of the transfer. `max_bits`: most bits per element. `quality`: share of
+    answers that the step kept when the profile was made. `verify`: with a certificate.
+    """
+
+    budget_bytes: int = 0
+    max_bits: float = 0.0
+    quality: float = 0.0
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("budget_bytes", "max_bits", "quality"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise RecipeError(f"{name} must be a number of at least 0, got {value}")
+
+
 _SELECTION_OPTIONS = ("scope", "when", "sinks", "recent", "pool", "window", "seed")
 
 

@@ -6,6 +6,7 @@ Does not know: how anything was measured. Place on the path: the face of the com
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +25,7 @@ def receipt_dict(receipt: Receipt) -> dict[str, Any]:
         "wire_bytes": receipt.wire_bytes,
         "socket_bytes": receipt.socket_bytes,
         "bits_per_element": receipt.bits_per_element,
+        **({"certificate": asdict(receipt.certificate)} if receipt.certificate else {}),
         "stage_s": {name: receipt.stage_s[name] for name in STAGES if name in receipt.stage_s},
         "bytes": {name: receipt.bytes[name] for name in BYTE_KINDS if name in receipt.bytes},
     }
@@ -52,6 +54,14 @@ def print_receipt(console: Console, receipt: Receipt) -> None:
     console.print(
         f"{kept}, {receipt.bits_per_element:.2f} bits per element, recipe {receipt.recipe}", highlight=False
     )
+    found = receipt.certificate
+    if found is not None:
+        finer = f", made finer {found.escalations} times" if found.escalations else ""
+        console.print(
+            f"certificate: {found.agreeing_tokens} of {found.tokens} tokens of the sender's own answer, "
+            f"KL {found.kl_mean:.1e}, largest logit error {found.logit_error:.2g}{finer}; {1e3 * found.seconds:.1f} ms",
+            highlight=False,
+        )
 
 
 def print_demo(console: Console, report: dict[str, Any]) -> None:
@@ -159,11 +169,14 @@ def print_eval(console: Console, report: dict[str, Any]) -> None:
             f"{run['context_tokens']:.0f} context tokens on average, full F1 {run['f1_full']:.3f}",
             highlight=False,
         )
-    several = len({(row["model"], row["data"]) for row in report["rows"]}) > 1
+    several = (
+        len({(row["model"], row["data"], row.get("variant")) for row in report["rows"] if row["f1"]}) > 1
+    )
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in report["rows"]:
         name = "overhead, with loss" if "loss" in row else row["table"]
-        title = f"{name} · {row['model']} · {row['data']}" if several else name
+        variant = " · biased keys" if row.get("variant") == "biased" else ""
+        title = f"{name} · {row['model']} · {row['data']}{variant}" if several else name
         groups.setdefault(title, []).append(row)
     for title, rows in groups.items():
         name = title.split(" · ")[0]

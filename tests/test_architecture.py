@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "kvlink"
 
 LEVELS = {
-    "_release": 0, "errors": 0, "recipe": 0, "payload": 0, "receipt": 0, "cache": 0,
+    "_release": 0, "errors": 0, "recipe": 0, "payload": 0, "receipt": 0, "cache": 0, "profile": 0,
     "v1": 0,
     "compress": 1, "wire": 1,
     "model": 2, "transport": 2, "plan": 2,
@@ -30,6 +30,7 @@ SAME_LEVEL = {
     ("__main__", "cli"),
     ("payload", "recipe"),
     ("payload", "errors"),
+    ("profile", "payload"),
 }
 
 FORBIDDEN = {
@@ -37,6 +38,7 @@ FORBIDDEN = {
     "recipe": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
     "payload": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
     "receipt": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
+    "profile": {"transformers", "grpc", "google"},
     "cache": {"transformers", "grpc", "google"},
     "compress": {"grpc", "google", "transformers", "kvlink.wire", "kvlink.model", "kvlink.v1"},
     "wire": {"torch", "grpc", "asyncio", "transformers", "time", "socket", "kvlink.compress", "kvlink.cache"},

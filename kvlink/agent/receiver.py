@@ -64,6 +64,7 @@ class Intake:
         """`profiles`: what senders have sent ahead, by digest in hex, beside the model's own."""
         self._lm = lm
         self._profiles = profiles or {}
+        self._profile: Profile | None = None
         self.session = ReceiveSession(limits)
         self.held: Held | None = None
         self.usable = False
@@ -116,7 +117,7 @@ class Intake:
         own_shape = cache_shape(lm, shape.tokens)
         if manifest.mode == "kv":
             _check_shape(shape, own_shape)
-            self._profile(manifest.recipe)
+            self._profile = self._find_profile(manifest.recipe)
         # Coded bytes and the rebuilt cache exist together for a moment.
         self.needed_bytes = 2 * own_shape.cache_bytes
 
@@ -146,7 +147,7 @@ class Intake:
             ),
         )
 
-    def _profile(self, recipe: Recipe) -> Profile | None:
+    def _find_profile(self, recipe: Recipe) -> Profile | None:
         """The profile that a recipe names. Raises IdentityError where it is not here."""
         if recipe.transform is None or recipe.basis == "own":
             return None
@@ -162,7 +163,7 @@ class Intake:
     def _known(self, manifest: Manifest) -> Known | None:
         if manifest.recipe.transform is None:
             return None
-        return Known(rotation(self._lm, manifest.shape.tokens), self._profile(manifest.recipe))
+        return Known(rotation(self._lm, manifest.shape.tokens), self._profile)
 
     def _read(self, manifest: Manifest, part: Part) -> KVCache:
         """Text mode: the receiver reads the text itself, in the sender's prompt."""
@@ -209,6 +210,11 @@ class Receiver:
             del self.profiles[next(iter(self.profiles))]
         self.profiles[profile.digest.hex()] = profile
         return profile
+
+    def known_profiles(self) -> list[str]:
+        """Digests in hex of the profiles that transfers may name."""
+        own = [self.lm.profile.digest.hex()] if self.lm.profile else []
+        return [*own, *self.profiles]
 
     def receive(self, frames: Iterable[bytes], limits: Limits | None = None) -> Held:
         """Take a whole transfer. Raises TruncatedError where the frames end too early."""

@@ -88,7 +88,12 @@ class ReceiverService:
                 "max_new_tokens": self.settings.max_new_tokens,
             },
             prefill_tokens_per_s=self._prefill_tokens_per_s,
+            profiles=tuple(bytes.fromhex(digest) for digest in self._receiver.known_profiles()),
         )
+
+    async def put_profile(self, data: bytes) -> bytes:
+        """Take a profile that a sender sends ahead of its transfers."""
+        return (await asyncio.to_thread(self._receiver.add_profile, data)).digest
 
     async def push_cache(self, frames: AsyncIterator[bytes]) -> AsyncIterator[PushStatus]:
         """Take a transfer: accepted, durable after each segment, complete. See the proto."""

@@ -21,29 +21,39 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from kvlink.agent.adapt import (
+    AUTO,
+    automatic,
+    finer,
+    require_transform,
+    steps,
+    with_quality,
+)
 from kvlink.cache import Evidence, KVCache
-from kvlink.compress.codec import encode
+from kvlink.compress.codec import decode, encode
 from kvlink.compress.lossless import pack_part
 from kvlink.compress.select import choose_positions, kept_count, needs, score
 from kvlink.compress.transform import Known
 from kvlink.errors import ContextError, LimitError, RecipeError
 from kvlink.model.calibrate import rotation, units
-from kvlink.model.generate import Answer, answer
+from kvlink.model.generate import Answer, answer, next_logits
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
 from kvlink.model.prefill import prefill, read_context, read_press, read_question
+from kvlink.model.restore import view
 from kvlink.model.template import Turn
 from kvlink.payload import EncodedSegment, Part, Prompt
-from kvlink.receipt import Receipt
-from kvlink.recipe import PRESS, Amount, Recipe, Selection
+from kvlink.receipt import Certificate, Receipt
+from kvlink.recipe import PRESS, STEP_CODES, Amount, Recipe, Selection, Wish
 from kvlink.transport.api import Explanation
 from kvlink.transport.client import grpc_bytes
 from kvlink.wire.file import write_frames
 from kvlink.wire.messages import TRANSFER_ID_BYTES, Manifest
-from kvlink.wire.session import CHUNK_BYTES, SendSession
+from kvlink.wire.session import CHUNK_BYTES, SendSession, segment_of
 
 DEFAULT_RECIPE = "q2c+draft@0.25 int4"
 DRAFT_TOKENS = 24
 _FIT_ROUNDS = 6
+_ESCALATIONS = 8
 _COUNTED = ("ratio", "count")
 
 
@@ -171,23 +181,55 @@ class Sender:
         context: Context,
         question: str,
         recipe: Recipe | str = DEFAULT_RECIPE,
-        budget_bytes: int = 0,
+        wish: Wish | None = None,
         look: Look | None = None,
     ) -> Transfer:
-        """Reduce the context for `question` and frame it. `budget_bytes` overrides the retention.
+        """Reduce the context for `question` and frame it. `recipe`: `auto` too.
 
+        `wish`: a budget overrides the retention, a quality or bits override the step of a transform,
+        and a message that is verified is made finer until the sender reads its own answer from it.
         `look`: what `look` gave for this question and method, where several recipes share it.
         Raises RecipeError, ContextError, LimitError (the budget is too small for any cache).
         """
-        recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-        recipe = self._resolved(_with_budget(recipe, budget_bytes))
+        wish = wish or Wish()
+        recipe = self.recipe(recipe) if isinstance(recipe, str) else recipe
+        if wish.quality:
+            recipe = with_quality(recipe, self.lm.profile, wish.quality)
+        if wish.budget_bytes:
+            recipe = self._with_budget(context, question, recipe, wish.budget_bytes)
         if recipe.mode == "text":
-            clock = _Clock()
+            return self._pack(context, question, recipe, Look())
+        look = look or self.look(context, question, recipe.selection)
+        if wish.max_bits:
+            transfer = self._within_bits(context, question, recipe, look, wish.max_bits)
+        else:
+            transfer = self._pack(context, question, recipe, look)
+        return self._verified(context, question, transfer) if wish.verify else transfer
+
+    def recipe(self, text: str) -> Recipe:
+        """The recipe that a text stands for, `auto` included. Raises RecipeError."""
+        return automatic(self.lm.profile) if text == AUTO else Recipe.parse(text)
+
+    def _with_budget(self, context: Context, question: str, recipe: Recipe, budget_bytes: int) -> Recipe:
+        """The recipe with a budget for its retention. With a transform all positions go if they fit."""
+        if recipe.transform is not None and recipe.selection.method == "all":
+            if self._pack(context, question, recipe, Look()).receipt.wire_bytes <= budget_bytes:
+                return recipe
+            recipe = replace(recipe, selection=Selection("q2c+draft"))
+        if recipe.mode == "text" or recipe.selection.method == "all":
+            raise RecipeError(
+                f"a budget needs a recipe that selects positions, such as q2c@1.0 int4, got {recipe}"
+            )
+        return recipe.with_amount(Amount(budget_bytes, "bytes"))
+
+    def _pack(self, context: Context, question: str, recipe: Recipe, look: Look) -> Transfer:
+        """One recipe as it is, with what was looked at."""
+        recipe = self._resolved(recipe)
+        clock = _Clock(look.stage_s)
+        if recipe.mode == "text":
             part = pack_part("text", context.text.encode(), recipe.coder)
             clock.lap("encode")
             return self._frame(context, recipe, part, clock, None)
-        look = look or self.look(context, question, recipe.selection)
-        clock = _Clock(look.stage_s)
         if recipe.selection.amount.unit == "bytes":
             return self._fit(context, recipe, look.evidence, clock, look.draft)
         kept = self._select(context, recipe.selection, look.evidence)
@@ -195,6 +237,71 @@ class Sender:
         segment = encode(kept, recipe, self._known(recipe, context))
         clock.lap("encode")
         return self._frame(context, recipe, segment, clock, look.draft)
+
+    def _within_bits(
+        self, context: Context, question: str, recipe: Recipe, look: Look, max_bits: float
+    ) -> Transfer:
+        """The finest step, from the recipe's own on, whose transfer has at most `max_bits` an element."""
+        require_transform(recipe, "a number of bits")
+        best, codes = None, list(steps(replace(recipe, transform=STEP_CODES[0])))
+        low, high = 0, len(codes) - 1
+        while low <= high:
+            middle = (low + high) // 2
+            found = self._pack(context, question, replace(recipe, transform=codes[middle]), look)
+            if found.receipt.bits_per_element <= max_bits:
+                best, high = found, middle - 1
+            else:
+                low = middle + 1
+        if best is None:
+            raise LimitError(
+                f"no step brings this context down to {max_bits:g} bits an element; select positions too"
+            )
+        return best
+
+    def certify(
+        self, context: Context, question: str, transfer: Transfer, escalations: int = 0
+    ) -> Certificate:
+        """Decode `transfer`, and read the sender's own answer from both caches.
+
+        Raises ContextError where the question is empty.
+        """
+        began = time.perf_counter()
+        draft = transfer.draft or answer(self.lm, context.cache, question, max_new_tokens=DRAFT_TOKENS)
+        manifest = transfer.manifest
+        segment = segment_of(transfer.frames)
+        cache = decode(segment, manifest.shape, manifest.recipe, self._known(manifest.recipe, context))
+        ids = self.lm.question_ids(question, cache.tokens, len(draft.token_ids))
+        forced = [*ids, *draft.token_ids[:-1]]
+        own, found = (
+            next_logits(self.lm, view(self.lm, held), forced, cache.tokens)[len(ids) - 1 :].double()
+            for held in (context.cache, cache)
+        )
+        divergence = (own.softmax(-1) * (own.log_softmax(-1) - found.log_softmax(-1))).sum(-1).clamp(min=0)
+        return Certificate(
+            agreeing_tokens=int((own.argmax(-1) == found.argmax(-1)).sum()),
+            tokens=len(draft.token_ids),
+            kl_mean=float(divergence.mean()),
+            logit_error=float((own - found).abs().max()),
+            escalations=escalations,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _verified(self, context: Context, question: str, transfer: Transfer) -> Transfer:
+        """The transfer with its certificate; a finer one where it does not pass."""
+        spent = 0.0
+        for escalations in range(_ESCALATIONS + 1):
+            found = self.certify(context, question, transfer, escalations)
+            spent += found.seconds
+            next_recipe = finer(transfer.manifest.recipe)
+            if found.passed or next_recipe is None or escalations == _ESCALATIONS:
+                break
+            began = time.perf_counter()
+            look = self.look(context, question, next_recipe.selection)
+            transfer = self._pack(context, question, next_recipe, look)
+            spent += time.perf_counter() - began
+        told = replace(found, seconds=spent)
+        receipt = replace(transfer.receipt.with_stages(verify=spent), certificate=told)
+        return replace(transfer, receipt=receipt)
 
     def _resolved(self, recipe: Recipe) -> Recipe:
         """A transform's basis by name: the model's profile where there is one."""
@@ -314,16 +421,6 @@ def count_bytes(frame_bytes: Sequence[int], kinds: dict[str, int]) -> dict[str, 
         "framing": sum(frame_bytes[1:]) - sum(kinds.values()),
         "grpc": grpc_bytes(frame_bytes),
     }
-
-
-def _with_budget(recipe: Recipe, budget_bytes: int) -> Recipe:
-    if not budget_bytes:
-        return recipe
-    if recipe.mode == "text" or recipe.selection.method == "all":
-        raise RecipeError(
-            f"a budget needs a recipe that selects positions, such as q2c@1.0 int4, got {recipe}"
-        )
-    return recipe.with_amount(Amount(budget_bytes, "bytes"))
 
 
 def _least(selection: Selection) -> Selection:

@@ -19,7 +19,7 @@ from kvlink.agent.store import Store
 from kvlink.errors import AccessError, IdentityError, LimitError, RemoteProtocolError, TransportError
 from kvlink.model.template import Turn
 from kvlink.receipt import Capabilities
-from kvlink.recipe import PRESS, Recipe
+from kvlink.recipe import PRESS, Recipe, Wish
 from kvlink.transport.api import Delivery, Explanation, Progress, Published, PushStatus
 from kvlink.transport.client import ReceiverClient
 from kvlink.transport.sockets import SocketCount
@@ -86,7 +86,7 @@ class SenderService:
         context_id: str,
         question: str,
         recipe: str,
-        budget_bytes: int,
+        wish: Wish,
         transfer_id: bytes,
         next_sequence: int,
     ) -> AsyncIterator[bytes]:
@@ -94,7 +94,7 @@ class SenderService:
         if transfer_id or next_sequence:
             raise RemoteProtocolError("resuming a fetch is not in this release; fetch again from frame 0")
         context = self.store.get(context_id)
-        transfer = await asyncio.to_thread(self._pack, context, question, recipe, budget_bytes)
+        transfer = await asyncio.to_thread(self._pack, context, question, recipe, wish)
         for frame in transfer.frames:
             yield frame
 
@@ -110,11 +110,12 @@ class SenderService:
             await self._compare(peer, delivery)
         context, prefill_s = await self._context(delivery)
         transfer = await asyncio.to_thread(
-            self._pack, context, delivery.question, delivery.recipe, delivery.budget_bytes
+            self._pack, context, delivery.question, delivery.recipe, delivery.wish
         )
         sent = list(itertools.accumulate(len(frame) for frame in transfer.frames))
         total = sent[-1]
         yield Progress(0, total)
+        await self._send_profile(delivery.receiver, transfer)
         status = PushStatus("failed", 0)
         wire_s, socket_bytes = 0.0, 0
         async for item in self._push(delivery.receiver, transfer):
@@ -159,6 +160,16 @@ class SenderService:
                 log.warning("transfer %s: %s; trying again", transfer.receipt.transfer_id, error)
                 await asyncio.sleep(self.settings.retry_pause_s * attempt)
 
+    async def _send_profile(self, address: str, transfer: Transfer) -> None:
+        """Send the profile ahead, once, to a receiver that lacks it."""
+        profile, recipe = self._sender.lm.profile, transfer.manifest.recipe
+        if profile is None or recipe.transform is None or recipe.basis == "own":
+            return
+        async with ReceiverClient(address) as peer:
+            if profile.digest not in (await peer.capabilities()).profiles:
+                await peer.put_profile(profile.to_bytes())
+                log.info("profile %s sent to %s", profile.digest.hex()[:12], address)
+
     async def _compare(self, peer: ReceiverClient, delivery: Delivery) -> None:
         """Identity before bytes: nothing is read or packed for a receiver that cannot use it."""
         there = await peer.capabilities()
@@ -182,12 +193,12 @@ class SenderService:
         self._prefill_tokens_per_s = context.cache.tokens / max(context.prefill_s, 1e-9)
         return context
 
-    def _pack(self, context: Context, question: str, recipe: str, budget_bytes: int) -> Transfer:
-        return self._sender.pack(context, question, self._recipe(recipe), budget_bytes)
+    def _pack(self, context: Context, question: str, recipe: str, wish: Wish) -> Transfer:
+        return self._sender.pack(context, question, self._recipe(recipe), wish)
 
     def _recipe(self, text: str) -> Recipe:
         """The caller's recipe or the default one. Raises RecipeError, AccessError."""
-        recipe = Recipe.parse(text or self.settings.default_recipe)
+        recipe = self._sender.recipe(text or self.settings.default_recipe)
         if recipe.selection.method.startswith(PRESS) and not self.settings.presses:
             raise AccessError(f"{recipe.selection.method}: this sender imports no kvpress for its callers")
         return recipe

@@ -21,7 +21,7 @@ import typer
 
 from kvlink import errors
 from kvlink._release import RELEASE
-from kvlink.cli import agents, asking, evaluating, files
+from kvlink.cli import agents, asking, evaluating, files, profiles
 
 _HELP = """One agent hands over what it has read: selected, compressed KV caches over gRPC.
 
@@ -48,6 +48,7 @@ for command in (
 ):
     app.command()(command)
 app.command("eval")(evaluating.evaluate)
+app.add_typer(profiles.app, name="profile")
 
 EXIT_CODES: dict[type[errors.KvlinkError], int] = {
     errors.InputError: 2,

@@ -33,6 +33,15 @@ Question = Annotated[str, typer.Option(help="The question.")]
 RecipeText = Annotated[str, typer.Option(help="How the cache is reduced, such as 'q2c+draft@0.25 int4'.")]
 ReportFile = Annotated[Path | None, typer.Option(help="Write the story of a transfer as an HTML page.")]
 Budget = Annotated[str, typer.Option(help="Bytes for the whole transfer, such as 200kB; sets the retention.")]
+Bits = Annotated[
+    float, typer.Option("--bits", min=0, help="Most bits per element; sets the step of a transform.")
+]
+Quality = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of answers to keep, by the model's profile; sets the step.")
+]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Check the message before it leaves; make it finer until it passes.")
+]
 SenderAt = Annotated[str, typer.Option("--sender", help="Address of the sender.")]
 ReceiverAt = Annotated[str, typer.Option("--receiver", help="Address of the receiver.")]
 Listen = Annotated[str, typer.Option(help="host:port to listen on; port 0 picks one.")]
@@ -83,11 +92,17 @@ def budget_bytes(text: str) -> int:
     return int(amount.value)
 
 
+def wish(budget: str, bits: float, quality: float, verify: bool) -> Any:
+    from kvlink.recipe import Wish
+
+    return Wish(budget_bytes(budget), bits, quality, verify)
+
+
 def checked_recipe(text: str) -> str:
     """The recipe as it was given, once it can be read: refused before anybody is dialled."""
     from kvlink.recipe import Recipe
 
-    if text:
+    if text and text != "auto":
         Recipe.parse(text)
     return text
 

@@ -14,7 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvlink import errors
 from kvlink.cli.common import Attn, Device, Dtype, Json, console, progress_bar, quiet
 
-_TABLES = "selection, quantization, combined, low-rank, spectrum, transfer, methods, masking, overhead, recipes or all"
+_TABLES = (
+    "selection, quantization, combined, low-rank, spectrum, transfer, methods, masking, rate, overhead, "
+    "recipes or all"
+)
 
 Table = Annotated[str, typer.Argument(help=f"{_TABLES}.")]
 Models = Annotated[
@@ -65,7 +68,7 @@ def evaluate(
     asked = study.Study(table, n, when, tuple(press or ()), tuple(recipe or ()))
     asked.tables()
     base = Settings("", "", seed, pad_to, prompt, device, dtype, attention, workers)
-    runs = study.settings_for(model, data, base)
+    runs = study.settings_for(table, model, data, base)
     if record:
         report = study.from_records(asked, record)
     else:

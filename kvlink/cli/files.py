@@ -15,21 +15,24 @@ import typer
 from kvlink.cli.common import (
     SENDER,
     Attn,
+    Bits,
     Budget,
     Ctx,
     Device,
     Dtype,
     Json,
     Model,
+    Quality,
     Question,
     RecipeText,
     SenderAt,
-    budget_bytes,
+    Verify,
     checked_recipe,
     open_file,
     quiet,
     read_context,
     run,
+    wish,
 )
 
 
@@ -88,6 +91,9 @@ def fetch(
     question: Annotated[str, typer.Option(help="The question that the selection serves.")] = "",
     recipe: RecipeText = "",
     budget: Budget = "",
+    bits: Bits = 0.0,
+    quality: Quality = 0.0,
+    verify: Verify = False,
     as_json: Json = False,
 ) -> None:
     """Pull a published context, reduced for a question, into a .kvl file."""
@@ -96,10 +102,11 @@ def fetch(
     from kvlink.wire.file import write_frames
 
     at, recipe = Handle.parse(handle), checked_recipe(recipe)
+    wished = wish(budget, bits, quality, verify)
 
     async def work() -> list[bytes]:
         async with SenderClient(at.address) as source:
-            return [f async for f in source.fetch(at.context_id, question, recipe, budget_bytes(budget))]
+            return [f async for f in source.fetch(at.context_id, question, recipe, wished)]
 
     frames = run(work())
     with out.open("wb") as target:
@@ -113,6 +120,9 @@ def pack(
     question: Annotated[str, typer.Option(help="The question that the selection serves.")] = "",
     recipe: RecipeText = "int8",
     budget: Budget = "",
+    bits: Bits = 0.0,
+    quality: Quality = 0.0,
+    verify: Verify = False,
     model: Model = "kvlink-tiny",
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -120,15 +130,15 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Read a context here and keep the transfer as a .kvl file."""
-    from kvlink.recipe import Recipe
     from kvlink.show import receipt_dict
 
-    parsed, text = Recipe.parse(recipe), read_context(context)
+    recipe, text = checked_recipe(recipe), read_context(context)
+    wished = wish(budget, bits, quality, verify)
     from kvlink.agent.sender import Sender
 
     quiet()
     source = Sender(model, device=device, dtype=dtype, attention=attn)
-    transfer = source.pack(source.read(text), question, parsed, budget_bytes(budget))
+    transfer = source.pack(source.read(text), question, recipe, wished)
     with out.open("wb") as target:
         count = transfer.write(target)
     _wrote(out, count, as_json, receipt_dict(transfer.receipt))

@@ -60,7 +60,7 @@ def encode_side(
     if not bool(plain.isfinite().all()):
         raise CodecError("a number is not finite: only raw and lossless carry it")
     if side == "keys":
-        plain = _rotated(plain, positions, known.rotation[layer], -1)
+        plain = rotated(plain, positions, known.rotation[layer], -1)
     shared = known.side(recipe, layer, side)
     if shared is not None:
         rows = _blocked(plain, len(shared.synthesis)) - _blocked_row(
@@ -107,11 +107,11 @@ def decode_side(
         rows = rows + mean.reshape(heads, 1, size)
     plain = rows.transpose(0, 1).reshape(kept, heads, size).transpose(0, 1)
     if side == "keys":
-        plain = _rotated(plain, positions, known.rotation[layer], 1)
+        plain = rotated(plain, positions, known.rotation[layer], 1)
     return plain.to(dtype).contiguous()
 
 
-def _rotated(tensor: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor], way: int) -> Tensor:
+def rotated(tensor: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor], way: int) -> Tensor:
     """`[H, K, D]` float64 with the rotation of its positions put on (way 1) or taken off (−1).
 
     Channels beyond the rotated ones stay. A scaling of the rotation (YaRN) is undone with it.

@@ -26,6 +26,7 @@ from blake3 import blake3
 
 from kvlink._release import RELEASE
 from kvlink.errors import ConfigError, ContextError, KvlinkError
+from kvlink.eval.biased import biased
 from kvlink.eval.measure import Bench
 from kvlink.eval.questions import Item, distractors, padded
 from kvlink.eval.tables import Case
@@ -38,7 +39,7 @@ class Settings:
     """What a run measures, and with what. `pad_to`: tokens that every context has at least.
 
     `prompt`: `auto` (the model's chat template where it has one) or `plain`. `workers` 0: one a
-    core, one in all on a GPU.
+    core, one in all on a GPU. `variant`: `plain`, or `biased` with the key biases of `eval.biased`.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Settings:
     dtype: str = "auto"
     attention: str = "auto"
     workers: int = 0
+    variant: str = "plain"
 
     def __post_init__(self) -> None:
         if self.prompt not in ("auto", "plain"):
@@ -77,7 +79,8 @@ class Record:
 def open_model(settings: Settings) -> LanguageModel:
     """The model of a run, with the prompt that it asks for."""
     lm = load(settings.model, device=settings.device, dtype=settings.dtype, attention=settings.attention)
-    return replace(lm, template=plain_template()) if settings.prompt == "plain" else lm
+    lm = replace(lm, template=plain_template()) if settings.prompt == "plain" else lm
+    return biased(lm) if settings.variant == "biased" else lm
 
 
 def run(

@@ -117,6 +117,7 @@ def record_file(study: Study, settings: Settings, folder: Path) -> Path:
     """Where the lines of a run are written: a name that tells what it measured."""
     words = [study.table, Path(settings.model).name, settings.data.replace(":", "-").rsplit("/", 1)[-1]]
     words += [f"n{study.n}", f"seed{settings.seed}"]
+    words += [settings.variant] if settings.variant != "plain" else []
     words += [f"pad{settings.pad_to}"] if settings.pad_to else []
     words += [study.when] if study.when else []
     return folder / (re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words)) + ".record.jsonl")
@@ -180,6 +181,12 @@ def _add_overhead(report: Report, settings: Settings, items: Sequence[Item], pro
         )  # fmt: skip
 
 
-def settings_for(models: Sequence[str], data: Sequence[str], base: Settings) -> list[Settings]:
-    """A run for each model on each data set."""
-    return [replace(base, model=model, data=name) for model in models for name in data]
+def settings_for(table: str, models: Sequence[str], data: Sequence[str], base: Settings) -> list[Settings]:
+    """A run for each model on each data set; the table of rates also with biased keys."""
+    variants = ("plain", "biased") if table == "rate" else ("plain",)
+    return [
+        replace(base, model=model, data=name, variant=variant)
+        for model in models
+        for name in data
+        for variant in variants
+    ]

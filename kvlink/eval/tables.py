@@ -22,6 +22,18 @@ DURING = (0.75, 0.5, 0.25)
 COMBINED = (0.25, 0.5, 0.75, 1.0)
 RANKS = (8, 16, 32, 64)
 SPECTRUM_SHARE = 0.05
+STEPS = (0.25, 0.5, 1, 1.41, 2)
+RATE_CODECS = (
+    "raw", "lossless", "int8", "int4", "int3", "int2", "keys=int4/token values=int4/token",
+    *(f"transform={step} basis=own" for step in STEPS),
+    *(f"transform={step}" for step in STEPS),
+)  # fmt: skip
+_RATE_AMOUNTS = (0.75, 0.5, 0.25, 0.1)
+_RATE_STEPS = ("int4", "transform=0.5", "transform=1", "transform=1.41")
+RATE_SELECTED = (
+    *(f"q2c+draft@{amount} {codec}" for amount in _RATE_AMOUNTS for codec in _RATE_STEPS),
+    "q2c@0.75 int4", "q2c@0.75 transform=1",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +106,23 @@ def _spectrum(methods: Sequence[str]) -> list[Case]:
     return [Case("raw", kind="spectrum")]
 
 
+def _rate(methods: Sequence[str]) -> list[Case]:
+    chosen = [*RATE_CODECS, *RATE_SELECTED]
+    return [Case(recipe, shift) for recipe in chosen for shift in ("same", "paraphrase")]
+
+
+def codec_of(recipe: Recipe) -> str:
+    """The codec of a recipe in a word: text, raw, lossless, int4, svd, transform, transform/own."""
+    if recipe.mode == "text":
+        return "text"
+    if recipe.transform is not None:
+        return "transform/own" if recipe.basis == "own" else "transform"
+    if recipe.rank:
+        return "svd"
+    kind = str(recipe.keys).partition("/")[0]
+    return f"{kind}/token" if kind.startswith("int") and recipe.keys.axis == "token" else kind
+
+
 _MAKERS = {
     "selection": _selection,
     "quantization": _quantization,
@@ -103,9 +132,10 @@ _MAKERS = {
     "transfer": _transfer,
     "methods": _methods,
     "masking": _masking,
+    "rate": _rate,
 }
-QUESTION_TABLES = tuple(_MAKERS)
-TABLES = (*QUESTION_TABLES, "overhead", "all")
+QUESTION_TABLES = tuple(name for name in _MAKERS if name != "rate")
+TABLES = (*_MAKERS, "overhead", "all")
 
 
 def plan(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from kvlink.receipt import Capabilities, Receipt
+from kvlink.recipe import Wish
 
 PushState = Literal["accepted", "durable", "complete", "failed"]
 
@@ -44,9 +45,9 @@ class Delivery:
     recipe: str = ""
     context_id: str = ""
     text: str = ""
-    budget_bytes: int = 0
     answer_here: bool = False
     explain: bool = False
+    wish: Wish = field(default_factory=Wish)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ class ReceiverHandler(Protocol):
     def transfer_status(self, transfer_id: bytes) -> PushStatus: ...
     def generate(self, ask: Ask) -> AsyncIterator[Piece]: ...
     def delete_cache(self, cache_id: str) -> None: ...
+    async def put_profile(self, data: bytes) -> bytes: ...
 
 
 class SenderHandler(Protocol):
@@ -117,7 +119,7 @@ class SenderHandler(Protocol):
         context_id: str,
         question: str,
         recipe: str,
-        budget_bytes: int,
+        wish: Wish,
         transfer_id: bytes,
         next_sequence: int,
     ) -> AsyncIterator[bytes]: ...

@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvlink.errors import KvlinkError, PeerUnavailableError, RemoteProtocolError
+from kvlink.errors import KvlinkError, LimitError, PeerUnavailableError, RemoteProtocolError
 from kvlink.receipt import Capabilities
+from kvlink.recipe import Wish
 from kvlink.transport import convert
 from kvlink.transport.api import Ask, Delivery, Piece, Progress, Published, PushStatus
 from kvlink.transport.server import MAX_MESSAGE_BYTES, split_address
@@ -43,6 +44,11 @@ def grpc_bytes(message_bytes: Sequence[int]) -> int:
     """
     total = sum(message_bytes) + 5 * len(message_bytes)
     return 5 * len(message_bytes) + 9 * math.ceil(total / 16_384)
+
+
+def _wished(wish: Wish) -> dict[str, Any]:
+    """The fields of a request that carry a wish."""
+    return {name: getattr(wish, name) for name in ("budget_bytes", "max_bits", "quality", "verify")}
 
 
 class _Client:
@@ -179,6 +185,15 @@ class ReceiverClient(_Client):
             receipt = convert.receipt_from_proto(message.receipt)
             yield Piece(message.text, tuple(message.token_ids), message.done, receipt)
 
+    async def put_profile(self, data: bytes) -> bytes:
+        """Send a profile ahead; its digest. Raises IdentityError where it is another model's."""
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise LimitError(
+                f"a profile of at most {MAX_MESSAGE_BYTES} bytes can be sent, this has {len(data)}"
+            )
+        done = await self._unary(self._stub.PutProfile, receiver_pb2.PutProfileRequest(data=data))
+        return bytes(done.digest)
+
     async def delete_cache(self, cache_id: str) -> None:
         await self._unary(self._stub.DeleteCache, receiver_pb2.DeleteCacheRequest(cache_id=cache_id))
 
@@ -206,7 +221,7 @@ class SenderClient(_Client):
         await self._unary(self._stub.UnpublishContext, request)
 
     async def fetch(
-        self, context_id: str, question: str, recipe: str = "", budget_bytes: int = 0
+        self, context_id: str, question: str, recipe: str = "", wish: Wish | None = None
     ) -> AsyncIterator[bytes]:
         """The frames of a published context, reduced for `question`."""
         method = self._channel.unary_stream(
@@ -215,7 +230,7 @@ class SenderClient(_Client):
             response_deserializer=None,
         )
         request = sender_pb2.FetchCacheRequest(
-            context_id=context_id, question=question, recipe=recipe, budget_bytes=budget_bytes
+            context_id=context_id, question=question, recipe=recipe, **_wished(wish or Wish())
         )
         async for frame in self._messages(method(request, timeout=CALL_S)):
             yield frame
@@ -224,7 +239,7 @@ class SenderClient(_Client):
         request = sender_pb2.DeliverCacheRequest(
             question=delivery.question,
             recipe=delivery.recipe,
-            budget_bytes=delivery.budget_bytes,
+            **_wished(delivery.wish),
             receiver=delivery.receiver,
             answer_here=delivery.answer_here,
             explain=delivery.explain,

@@ -6,7 +6,7 @@ Does not know: sockets, agents. Place on the path: just inside the services.
 from __future__ import annotations
 
 from kvlink.errors import RemoteProtocolError
-from kvlink.receipt import Capabilities, Receipt
+from kvlink.receipt import Capabilities, Certificate, Receipt
 from kvlink.transport.api import Explanation, PushState, PushStatus
 from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
 from kvlink.wire.messages import fingerprint_from_proto, fingerprint_to_proto
@@ -32,6 +32,7 @@ def receipt_to_proto(receipt: Receipt) -> common_pb2.Receipt:
         recipe=receipt.recipe,
         transfer_id=receipt.transfer_id,
         element_count=receipt.element_count,
+        certificate=_certificate_to_proto(receipt.certificate),
     )
 
 
@@ -45,7 +46,19 @@ def receipt_from_proto(message: common_pb2.Receipt) -> Receipt:
         stage_s=dict(message.stage_s),
         bytes=dict(message.bytes),
         socket_bytes=message.socket_bytes,
+        certificate=_certificate_from_proto(message) if message.HasField("certificate") else None,
     )
+
+
+_CERTIFICATE = ("agreeing_tokens", "tokens", "kl_mean", "logit_error", "escalations", "seconds")
+
+
+def _certificate_to_proto(value: Certificate | None) -> common_pb2.Certificate | None:
+    return None if value is None else common_pb2.Certificate(**{n: getattr(value, n) for n in _CERTIFICATE})
+
+
+def _certificate_from_proto(message: common_pb2.Receipt) -> Certificate:
+    return Certificate(**{name: getattr(message.certificate, name) for name in _CERTIFICATE})
 
 
 def explanation_to_proto(value: Explanation) -> sender_pb2.Explanation:
@@ -75,6 +88,7 @@ def capabilities_to_proto(value: Capabilities) -> common_pb2.Capabilities:
         prefill_tokens_per_s=value.prefill_tokens_per_s,
         release=value.release,
         dtype=value.dtype,
+        profiles=value.profiles,
     )
 
 
@@ -91,6 +105,7 @@ def capabilities_from_proto(message: common_pb2.Capabilities) -> Capabilities:
         prefill_tokens_per_s=message.prefill_tokens_per_s,
         protocol_min=message.protocol_min,
         protocol_max=message.protocol_max,
+        profiles=tuple(message.profiles),
     )
 
 

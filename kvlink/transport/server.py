@@ -22,6 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvlink.errors import AccessError, ConfigError, KvlinkError
+from kvlink.recipe import Wish
 from kvlink.transport import convert
 from kvlink.transport.api import Ask, Delivery, ReceiverHandler, SenderHandler
 from kvlink.transport.status import to_status
@@ -105,6 +106,10 @@ def _stream(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIte
     return call
 
 
+def _wish(request: Any) -> Wish:
+    return Wish(request.budget_bytes, request.max_bits, request.quality, request.verify)
+
+
 class _Agent:
     """What both services answer alike."""
 
@@ -148,6 +153,10 @@ class _Receiver(_Agent):
         self._handler.delete_cache(request.cache_id)
         return receiver_pb2.DeleteCacheResponse()
 
+    @_unary
+    async def PutProfile(self, request: Any, context: Any) -> Any:
+        return receiver_pb2.PutProfileResponse(digest=await self._handler.put_profile(request.data))
+
 
 class _Sender(_Agent):
     @_unary
@@ -173,7 +182,7 @@ class _Sender(_Agent):
             request.context_id,
             request.question,
             request.recipe,
-            request.budget_bytes,
+            _wish(request),
             request.transfer_id,
             request.next_sequence,
         )
@@ -188,7 +197,7 @@ class _Sender(_Agent):
             recipe=request.recipe,
             context_id=request.context_id,
             text=request.text,
-            budget_bytes=request.budget_bytes,
+            wish=_wish(request),
             answer_here=request.answer_here,
             explain=request.explain,
         )

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Capabilities(_message.Message):
-    __slots__ = ("protocol_min", "protocol_max", "model_name", "fingerprint", "modes", "codecs", "coders", "limits", "prefill_tokens_per_s", "release", "dtype")
+    __slots__ = ("protocol_min", "protocol_max", "model_name", "fingerprint", "modes", "codecs", "coders", "limits", "prefill_tokens_per_s", "release", "dtype", "profiles")
     PROTOCOL_MIN_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MAX_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,7 @@ class Capabilities(_message.Message):
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    PROFILES_FIELD_NUMBER: _ClassVar[int]
     protocol_min: int
     protocol_max: int
     model_name: str
@@ -31,7 +32,8 @@ class Capabilities(_message.Message):
     prefill_tokens_per_s: float
     release: str
     dtype: str
-    def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., model_name: _Optional[str] = ..., fingerprint: _Optional[_Union[_wire_pb2.Fingerprint, _Mapping]] = ..., modes: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., coders: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., release: _Optional[str] = ..., dtype: _Optional[str] = ...) -> None: ...
+    profiles: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., model_name: _Optional[str] = ..., fingerprint: _Optional[_Union[_wire_pb2.Fingerprint, _Mapping]] = ..., modes: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., coders: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., release: _Optional[str] = ..., dtype: _Optional[str] = ..., profiles: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_cache_bytes", "max_context_tokens", "max_frame_bytes", "max_segments", "max_text_bytes", "max_new_tokens")
@@ -50,7 +52,7 @@ class Limits(_message.Message):
     def __init__(self, max_cache_bytes: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_frame_bytes: _Optional[int] = ..., max_segments: _Optional[int] = ..., max_text_bytes: _Optional[int] = ..., max_new_tokens: _Optional[int] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("stage_s", "bytes", "wire_bytes", "socket_bytes", "bits_per_element", "context_tokens", "kept_tokens", "recipe", "transfer_id", "element_count")
+    __slots__ = ("stage_s", "bytes", "wire_bytes", "socket_bytes", "bits_per_element", "context_tokens", "kept_tokens", "recipe", "transfer_id", "element_count", "certificate")
     class StageSEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +77,7 @@ class Receipt(_message.Message):
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     ELEMENT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     stage_s: _containers.ScalarMap[str, float]
     bytes: _containers.ScalarMap[str, int]
     wire_bytes: int
@@ -85,7 +88,24 @@ class Receipt(_message.Message):
     recipe: str
     transfer_id: str
     element_count: int
-    def __init__(self, stage_s: _Optional[_Mapping[str, float]] = ..., bytes: _Optional[_Mapping[str, int]] = ..., wire_bytes: _Optional[int] = ..., socket_bytes: _Optional[int] = ..., bits_per_element: _Optional[float] = ..., context_tokens: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., recipe: _Optional[str] = ..., transfer_id: _Optional[str] = ..., element_count: _Optional[int] = ...) -> None: ...
+    certificate: Certificate
+    def __init__(self, stage_s: _Optional[_Mapping[str, float]] = ..., bytes: _Optional[_Mapping[str, int]] = ..., wire_bytes: _Optional[int] = ..., socket_bytes: _Optional[int] = ..., bits_per_element: _Optional[float] = ..., context_tokens: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., recipe: _Optional[str] = ..., transfer_id: _Optional[str] = ..., element_count: _Optional[int] = ..., certificate: _Optional[_Union[Certificate, _Mapping]] = ...) -> None: ...
+
+class Certificate(_message.Message):
+    __slots__ = ("agreeing_tokens", "tokens", "kl_mean", "logit_error", "escalations", "seconds")
+    AGREEING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KL_MEAN_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_ERROR_FIELD_NUMBER: _ClassVar[int]
+    ESCALATIONS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    agreeing_tokens: int
+    tokens: int
+    kl_mean: float
+    logit_error: float
+    escalations: int
+    seconds: float
+    def __init__(self, agreeing_tokens: _Optional[int] = ..., tokens: _Optional[int] = ..., kl_mean: _Optional[float] = ..., logit_error: _Optional[float] = ..., escalations: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class GetCapabilitiesRequest(_message.Message):
     __slots__ = ()

@@ -26,29 +26,33 @@ from kvlink.v1 import common_pb2 as kvlink_dot_v1_dot_common__pb2
 from kvlink.v1 import wire_pb2 as kvlink_dot_v1_dot_wire__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvlink/v1/receiver.proto\x12\tkvlink.v1\x1a\x16kvlink/v1/common.proto\x1a\x14kvlink/v1/wire.proto\"\x8a\x01\n\x11PushCacheResponse\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.kvlink.v1.TransferState\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\x12\x10\n\x08\x63\x61\x63he_id\x18\x03 \x01(\t\x12#\n\x07receipt\x18\x04 \x01(\x0b\x32\x12.kvlink.v1.Receipt\"/\n\x18GetTransferStatusRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\"m\n\x19GetTransferStatusResponse\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.kvlink.v1.TransferState\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\x12\x10\n\x08\x63\x61\x63he_id\x18\x03 \x01(\t\"p\n\x0fGenerateRequest\x12\x10\n\x08\x63\x61\x63he_id\x18\x01 \x01(\t\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"f\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\x12#\n\x07receipt\x18\x04 \x01(\x0b\x32\x12.kvlink.v1.Receipt\"&\n\x12\x44\x65leteCacheRequest\x12\x10\n\x08\x63\x61\x63he_id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteCacheResponse*\xa0\x01\n\rTransferState\x12\x1e\n\x1aTRANSFER_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17TRANSFER_STATE_ACCEPTED\x10\x01\x12\x1a\n\x16TRANSFER_STATE_DURABLE\x10\x02\x12\x1b\n\x17TRANSFER_STATE_COMPLETE\x10\x03\x12\x19\n\x15TRANSFER_STATE_FAILED\x10\x04\x32\xa1\x03\n\x0fReceiverService\x12X\n\x0fGetCapabilities\x12!.kvlink.v1.GetCapabilitiesRequest\x1a\".kvlink.v1.GetCapabilitiesResponse\x12?\n\tPushCache\x12\x10.kvlink.v1.Frame\x1a\x1c.kvlink.v1.PushCacheResponse(\x01\x30\x01\x12^\n\x11GetTransferStatus\x12#.kvlink.v1.GetTransferStatusRequest\x1a$.kvlink.v1.GetTransferStatusResponse\x12\x45\n\x08Generate\x12\x1a.kvlink.v1.GenerateRequest\x1a\x1b.kvlink.v1.GenerateResponse0\x01\x12L\n\x0b\x44\x65leteCache\x12\x1d.kvlink.v1.DeleteCacheRequest\x1a\x1e.kvlink.v1.DeleteCacheResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvlink/v1/receiver.proto\x12\tkvlink.v1\x1a\x16kvlink/v1/common.proto\x1a\x14kvlink/v1/wire.proto\"!\n\x11PutProfileRequest\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"$\n\x12PutProfileResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\x8a\x01\n\x11PushCacheResponse\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.kvlink.v1.TransferState\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\x12\x10\n\x08\x63\x61\x63he_id\x18\x03 \x01(\t\x12#\n\x07receipt\x18\x04 \x01(\x0b\x32\x12.kvlink.v1.Receipt\"/\n\x18GetTransferStatusRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\"m\n\x19GetTransferStatusResponse\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.kvlink.v1.TransferState\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\x12\x10\n\x08\x63\x61\x63he_id\x18\x03 \x01(\t\"p\n\x0fGenerateRequest\x12\x10\n\x08\x63\x61\x63he_id\x18\x01 \x01(\t\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"f\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\x12#\n\x07receipt\x18\x04 \x01(\x0b\x32\x12.kvlink.v1.Receipt\"&\n\x12\x44\x65leteCacheRequest\x12\x10\n\x08\x63\x61\x63he_id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteCacheResponse*\xa0\x01\n\rTransferState\x12\x1e\n\x1aTRANSFER_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17TRANSFER_STATE_ACCEPTED\x10\x01\x12\x1a\n\x16TRANSFER_STATE_DURABLE\x10\x02\x12\x1b\n\x17TRANSFER_STATE_COMPLETE\x10\x03\x12\x19\n\x15TRANSFER_STATE_FAILED\x10\x04\x32\xec\x03\n\x0fReceiverService\x12X\n\x0fGetCapabilities\x12!.kvlink.v1.GetCapabilitiesRequest\x1a\".kvlink.v1.GetCapabilitiesResponse\x12?\n\tPushCache\x12\x10.kvlink.v1.Frame\x1a\x1c.kvlink.v1.PushCacheResponse(\x01\x30\x01\x12^\n\x11GetTransferStatus\x12#.kvlink.v1.GetTransferStatusRequest\x1a$.kvlink.v1.GetTransferStatusResponse\x12\x45\n\x08Generate\x12\x1a.kvlink.v1.GenerateRequest\x1a\x1b.kvlink.v1.GenerateResponse0\x01\x12L\n\x0b\x44\x65leteCache\x12\x1d.kvlink.v1.DeleteCacheRequest\x1a\x1e.kvlink.v1.DeleteCacheResponse\x12I\n\nPutProfile\x12\x1c.kvlink.v1.PutProfileRequest\x1a\x1d.kvlink.v1.PutProfileResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvlink.v1.receiver_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSFERSTATE']._serialized_start=668
-  _globals['_TRANSFERSTATE']._serialized_end=828
-  _globals['_PUSHCACHERESPONSE']._serialized_start=86
-  _globals['_PUSHCACHERESPONSE']._serialized_end=224
-  _globals['_GETTRANSFERSTATUSREQUEST']._serialized_start=226
-  _globals['_GETTRANSFERSTATUSREQUEST']._serialized_end=273
-  _globals['_GETTRANSFERSTATUSRESPONSE']._serialized_start=275
-  _globals['_GETTRANSFERSTATUSRESPONSE']._serialized_end=384
-  _globals['_GENERATEREQUEST']._serialized_start=386
-  _globals['_GENERATEREQUEST']._serialized_end=498
-  _globals['_GENERATERESPONSE']._serialized_start=500
-  _globals['_GENERATERESPONSE']._serialized_end=602
-  _globals['_DELETECACHEREQUEST']._serialized_start=604
-  _globals['_DELETECACHEREQUEST']._serialized_end=642
-  _globals['_DELETECACHERESPONSE']._serialized_start=644
-  _globals['_DELETECACHERESPONSE']._serialized_end=665
-  _globals['_RECEIVERSERVICE']._serialized_start=831
-  _globals['_RECEIVERSERVICE']._serialized_end=1248
+  _globals['_TRANSFERSTATE']._serialized_start=741
+  _globals['_TRANSFERSTATE']._serialized_end=901
+  _globals['_PUTPROFILEREQUEST']._serialized_start=85
+  _globals['_PUTPROFILEREQUEST']._serialized_end=118
+  _globals['_PUTPROFILERESPONSE']._serialized_start=120
+  _globals['_PUTPROFILERESPONSE']._serialized_end=156
+  _globals['_PUSHCACHERESPONSE']._serialized_start=159
+  _globals['_PUSHCACHERESPONSE']._serialized_end=297
+  _globals['_GETTRANSFERSTATUSREQUEST']._serialized_start=299
+  _globals['_GETTRANSFERSTATUSREQUEST']._serialized_end=346
+  _globals['_GETTRANSFERSTATUSRESPONSE']._serialized_start=348
+  _globals['_GETTRANSFERSTATUSRESPONSE']._serialized_end=457
+  _globals['_GENERATEREQUEST']._serialized_start=459
+  _globals['_GENERATEREQUEST']._serialized_end=571
+  _globals['_GENERATERESPONSE']._serialized_start=573
+  _globals['_GENERATERESPONSE']._serialized_end=675
+  _globals['_DELETECACHEREQUEST']._serialized_start=677
+  _globals['_DELETECACHEREQUEST']._serialized_end=715
+  _globals['_DELETECACHERESPONSE']._serialized_start=717
+  _globals['_DELETECACHERESPONSE']._serialized_end=738
+  _globals['_RECEIVERSERVICE']._serialized_start=904
+  _globals['_RECEIVERSERVICE']._serialized_end=1396
 # @@protoc_insertion_point(module_scope)

@@ -22,6 +22,18 @@ TRANSFER_STATE_DURABLE: TransferState
 TRANSFER_STATE_COMPLETE: TransferState
 TRANSFER_STATE_FAILED: TransferState
 
+class PutProfileRequest(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class PutProfileResponse(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    def __init__(self, digest: _Optional[bytes] = ...) -> None: ...
+
 class PushCacheResponse(_message.Message):
     __slots__ = ("state", "next_sequence", "cache_id", "receipt")
     STATE_FIELD_NUMBER: _ClassVar[int]

@@ -61,6 +61,11 @@ class ReceiverServiceStub(object):
                 request_serializer=kvlink_dot_v1_dot_receiver__pb2.DeleteCacheRequest.SerializeToString,
                 response_deserializer=kvlink_dot_v1_dot_receiver__pb2.DeleteCacheResponse.FromString,
                 _registered_method=True)
+        self.PutProfile = channel.unary_unary(
+                '/kvlink.v1.ReceiverService/PutProfile',
+                request_serializer=kvlink_dot_v1_dot_receiver__pb2.PutProfileRequest.SerializeToString,
+                response_deserializer=kvlink_dot_v1_dot_receiver__pb2.PutProfileResponse.FromString,
+                _registered_method=True)
 
 
 class ReceiverServiceServicer(object):
@@ -101,6 +106,13 @@ class ReceiverServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutProfile(self, request, context):
+        """Take a profile ahead of transfers that name it. Refused where it is another model's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ReceiverServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +140,11 @@ def add_ReceiverServiceServicer_to_server(servicer, server):
                     servicer.DeleteCache,
                     request_deserializer=kvlink_dot_v1_dot_receiver__pb2.DeleteCacheRequest.FromString,
                     response_serializer=kvlink_dot_v1_dot_receiver__pb2.DeleteCacheResponse.SerializeToString,
+            ),
+            'PutProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutProfile,
+                    request_deserializer=kvlink_dot_v1_dot_receiver__pb2.PutProfileRequest.FromString,
+                    response_serializer=kvlink_dot_v1_dot_receiver__pb2.PutProfileResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -265,6 +282,33 @@ class ReceiverService(object):
             '/kvlink.v1.ReceiverService/DeleteCache',
             kvlink_dot_v1_dot_receiver__pb2.DeleteCacheRequest.SerializeToString,
             kvlink_dot_v1_dot_receiver__pb2.DeleteCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvlink.v1.ReceiverService/PutProfile',
+            kvlink_dot_v1_dot_receiver__pb2.PutProfileRequest.SerializeToString,
+            kvlink_dot_v1_dot_receiver__pb2.PutProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,7 +51,7 @@ class UnpublishContextResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class FetchCacheRequest(_message.Message):
-    __slots__ = ("context_id", "question", "recipe", "budget_bytes", "deadline_s", "base_digest", "transfer_id", "next_sequence")
+    __slots__ = ("context_id", "question", "recipe", "budget_bytes", "deadline_s", "base_digest", "transfer_id", "next_sequence", "verify", "max_bits", "quality")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     QUESTION_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,9 @@ class FetchCacheRequest(_message.Message):
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
+    MAX_BITS_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
     context_id: str
     question: str
     recipe: str
@@ -68,10 +71,13 @@ class FetchCacheRequest(_message.Message):
     base_digest: bytes
     transfer_id: bytes
     next_sequence: int
-    def __init__(self, context_id: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., deadline_s: _Optional[float] = ..., base_digest: _Optional[bytes] = ..., transfer_id: _Optional[bytes] = ..., next_sequence: _Optional[int] = ...) -> None: ...
+    verify: bool
+    max_bits: float
+    quality: float
+    def __init__(self, context_id: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., deadline_s: _Optional[float] = ..., base_digest: _Optional[bytes] = ..., transfer_id: _Optional[bytes] = ..., next_sequence: _Optional[int] = ..., verify: bool = ..., max_bits: _Optional[float] = ..., quality: _Optional[float] = ...) -> None: ...
 
 class DeliverCacheRequest(_message.Message):
-    __slots__ = ("context_id", "text", "question", "recipe", "budget_bytes", "receiver", "answer_here", "explain")
+    __slots__ = ("context_id", "text", "question", "recipe", "budget_bytes", "receiver", "answer_here", "explain", "verify", "max_bits", "quality")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     QUESTION_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +86,9 @@ class DeliverCacheRequest(_message.Message):
     RECEIVER_FIELD_NUMBER: _ClassVar[int]
     ANSWER_HERE_FIELD_NUMBER: _ClassVar[int]
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
+    MAX_BITS_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
     context_id: str
     text: str
     question: str
@@ -88,7 +97,10 @@ class DeliverCacheRequest(_message.Message):
     receiver: str
     answer_here: bool
     explain: bool
-    def __init__(self, context_id: _Optional[str] = ..., text: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., receiver: _Optional[str] = ..., answer_here: bool = ..., explain: bool = ...) -> None: ...
+    verify: bool
+    max_bits: float
+    quality: float
+    def __init__(self, context_id: _Optional[str] = ..., text: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., receiver: _Optional[str] = ..., answer_here: bool = ..., explain: bool = ..., verify: bool = ..., max_bits: _Optional[float] = ..., quality: _Optional[float] = ...) -> None: ...
 
 class Explanation(_message.Message):
     __slots__ = ("tokens", "need", "kept")

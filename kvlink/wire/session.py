@@ -12,7 +12,7 @@ Does not know: gRPC, files, tensors, time. Place on the path: frame and deframe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -379,3 +379,13 @@ def diagram() -> str:
     """The transition table as lines of text, for the documentation."""
     lines = [f"{state:8} ── {kind:14} ──▶ {after}" for (state, kind), after in TRANSITIONS.items()]
     return "\n".join([*lines, "any      ── anything else  ──▶ failed"])
+
+
+def segment_of(frames: Sequence[bytes]) -> EncodedSegment:
+    """The segment of a whole transfer of one, read back from its frames. Raises what a session raises."""
+    session = ReceiveSession()
+    for frame in frames:
+        for event in session.receive(frame):
+            if isinstance(event, SegmentReceived):
+                return event.segment
+    raise TruncatedError("the frames bring no segment of a cache")

@@ -24,6 +24,7 @@ from kvlink.errors import (
     TruncatedError,
 )
 from kvlink.model.restore import cache_shape
+from kvlink.recipe import Wish
 from kvlink.transport.api import Ask, PushStatus
 from kvlink.transport.client import grpc_bytes
 from kvlink.wire.session import ReceiveSession, SendSession
@@ -109,12 +110,12 @@ async def test_a_fetch_gives_frames_that_a_receiver_restores(pair):
 
 async def test_a_budget_is_kept_and_used(pair):
     for budget in (12_000, 20_000):
-        done = await pair.deliver("q2c@1.0 int4", budget_bytes=budget)
+        done = await pair.deliver("q2c@1.0 int4", wish=Wish(budget))
         assert 0.85 * budget < done.receipt.wire_bytes <= budget
     with pytest.raises(LimitError, match="no cache fits 900 bytes"):
-        await pair.deliver("q2c@1.0 int4", budget_bytes=900)
+        await pair.deliver("q2c@1.0 int4", wish=Wish(900))
     with pytest.raises(RecipeError, match="selects positions"):
-        await pair.deliver("int4", budget_bytes=9000)
+        await pair.deliver("int4", wish=Wish(9000))
 
 
 async def test_the_receiver_never_sees_the_text_in_kv_mode(pair):

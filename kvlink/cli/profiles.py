@@ -1,0 +1,111 @@
+"""Commands about profiles: build, show, check.
+
+Does not know: what statistics are. Place on the path: the face of the package.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from kvlink import errors
+from kvlink.cli.common import Attn, Data, Device, Dtype, Json, progress_bar, quiet
+
+app = typer.Typer(no_args_is_help=True, help="What is known of a model's caches before any message.")
+
+Which = Annotated[str, typer.Argument(help="Model name or directory.")]
+
+
+@app.command()
+def build(
+    model: Which,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="The file; named kvlink.profile beside a model it is used."),
+    ],
+    data: Data = "generated",
+    n: Annotated[int, typer.Option(min=1, help="Contexts for the statistics.")] = 40,
+    checks: Annotated[int, typer.Option(min=0, help="Questions that measure what each step keeps.")] = 100,
+    seed: Annotated[int, typer.Option(min=0)] = 1001,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    attention: Attn = "auto",
+    as_json: Json = False,
+) -> None:
+    """Read contexts and write a profile: means, basis, spreads, and what each step keeps."""
+    from dataclasses import replace
+
+    from kvlink.eval.profiling import make_profile
+    from kvlink.eval.questions import load_items
+    from kvlink.model.loading import load
+
+    quiet()
+    items = load_items(data, n + checks, seed)
+    texts, held_out = list(dict.fromkeys(item.context for item in items[:n])), items[n:]
+    lm = replace(load(model, device=device, dtype=dtype, attention=attention), profile=None)
+    with progress_bar(TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("reading", total=len(texts) + len(held_out))
+        made = make_profile(lm, texts, held_out, lambda: bar.advance(task))
+    data_bytes = made.to_bytes()
+    try:
+        out.write_bytes(data_bytes)
+    except OSError as error:
+        raise errors.ConfigError(f"cannot write {out}: {error.strerror}") from error
+    _tell(made, len(data_bytes), as_json)
+
+
+@app.command()
+def show(file: Path, as_json: Json = False) -> None:
+    """Say what a profile holds and whose it is."""
+    data = _read(file)
+    _tell(_parse(data), len(data), as_json)
+
+
+@app.command()
+def check(
+    file: Path, model: Which, device: Device = "cpu", dtype: Dtype = "auto", as_json: Json = False
+) -> None:
+    """Whether a profile belongs to a model; exit 3 where it does not."""
+    from kvlink.model.loading import load
+
+    quiet()
+    data = _read(file)
+    profile = _parse(data)
+    profile.require_match(load(model, device=device, dtype=dtype).fingerprint)
+    _tell(profile, len(data), as_json)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise errors.ContextError(f"cannot read {file}: {error.strerror}") from error
+
+
+def _parse(data: bytes) -> Any:
+    from kvlink.profile import Profile
+
+    return Profile.from_bytes(data)
+
+
+def _tell(profile: Any, size: int, as_json: bool) -> None:
+    from kvlink.show import print_json
+
+    told = {
+        "digest": profile.digest.hex(),
+        "bytes": size,
+        "layers": len(profile.keys),
+        "channels": profile.keys[0].mean.numel(),
+        "weights": profile.fingerprint.weights.hex(),
+        **profile.about,
+        "quality": {f"{2 ** (code / 4):.3g}": share for code, share in profile.quality},
+    }
+    if as_json:
+        print_json(told)
+        return
+    for name, value in told.items():
+        shown = ", ".join(f"{k}: {v:.1%}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(f"{name:10} {shown}")
