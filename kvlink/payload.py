@@ -152,6 +152,12 @@ def quantized_sizes(
     return [("scales", scales), ("codes", -(-count // 8) * quantizer.bits)]
 
 
+def held_tokens(recipe: Recipe, shape: CacheShape, layer: int, kept: int) -> int:
+    """Positions of a layer that travel, where the selection keeps `kept`."""
+    whole = dict(shape.whole_layers)
+    return whole.get(layer, shape.tokens if recipe.rest is not None else kept)
+
+
 def plain_sizes(
     recipe: Recipe,
     shape: CacheShape,

@@ -10,6 +10,7 @@ JSON (`to_json`, `from_json`) and, in `wire`, protobuf.
     q2c+draft@0.25 int4 scope=head    ... and the draft of an answer, chosen per head
     int4 svd=32 layers=0:int8;27:int8 low rank; two layers finer
     transform=1.4                     the transform codec; a larger step is smaller and coarser
+    q2c+draft@0.25 transform=1 rest=4 a quarter fine, the other positions coarse
     keys=int4/channel/g64/asym values=int4/token/g64/asym coder=zstd    the same in full
 
 Words are separated by spaces and may come in any order. `METHOD@AMOUNT`: a ratio (`0.25`), a
@@ -204,7 +205,8 @@ class Recipe:
 
     `transform`: the transform codec in place of quantizers, with a step of 2^(transform / 4) times
     what the model is thought to tolerate. `basis`: `auto` (the sender's profile where it has one),
-    `own` (none), or the profile's digest in hex.
+    `own` (none), or the profile's digest in hex. `rest`: positions that the selection leaves travel
+    too, with this coarser step, so that nothing is missing for another question.
     """
 
     mode: Mode = "kv"
@@ -216,6 +218,7 @@ class Recipe:
     overrides: tuple[LayerOverride, ...] = ()
     transform: int | None = None
     basis: str = "auto"
+    rest: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, ("kv", "text"))
@@ -232,14 +235,21 @@ class Recipe:
         if self.basis not in ("auto", "own") and not re.fullmatch("[0-9a-f]{32}", self.basis):
             raise RecipeError(f"basis must be auto, own or a profile's 32 hex digits, got {self.basis!r}")
         if self.transform is None:
-            if self.basis != "auto":
-                raise RecipeError("a basis belongs to a transform")
+            if self.basis != "auto" or self.rest is not None:
+                raise RecipeError("a basis and a rest belong to a transform")
             return
         _between("transform", self.transform, *STEP_CODES)
         if (self.keys, self.values, self.rank, self.overrides) != (Quantizer(), Quantizer(), 0, ()):
             raise RecipeError(
                 "transform takes the place of quantizers, svd and layers: give one or the other"
             )
+        if self.rest is not None:
+            _between("rest", self.rest, *STEP_CODES)
+            chosen = self.selection
+            if chosen.method == "all" or (chosen.scope, chosen.when) != ("shared", "after"):
+                raise RecipeError("rest needs a selection, shared by all heads and after the prefill")
+            if self.rest < self.transform:
+                raise RecipeError("the rest's step must not be finer than the transform's own")
 
     def quantizers(self, layer: int) -> tuple[Quantizer, Quantizer]:
         """The quantizers of keys and values of a layer."""
@@ -262,6 +272,8 @@ class Recipe:
                 words.append(f"{name}={getattr(self.selection, name)}")
         if self.transform is not None:
             words.append(f"transform={2 ** (self.transform / 4):.4g}")
+            if self.rest is not None:
+                words.append(f"rest={2 ** (self.rest / 4):.4g}")
             if self.basis != "auto":
                 words.append(f"basis={self.basis}")
             return " ".join([*words, f"coder={self.coder}"])
@@ -365,8 +377,8 @@ def _read_word(word: str, found: dict[str, Any], chosen: dict[str, Any]) -> None
         put(chosen, name, value if name in ("scope", "when") else _whole(name, value))
     elif name == "svd":
         put(found, "rank", _whole(name, value))
-    elif name == "transform":
-        put(found, "transform", _step_code(value))
+    elif name in ("transform", "rest"):
+        put(found, name, _step_code(name, value))
     elif name == "basis":
         put(found, "basis", value)
     elif name == "coder":
@@ -377,14 +389,14 @@ def _read_word(word: str, found: dict[str, Any], chosen: dict[str, Any]) -> None
         raise RecipeError(f"unknown word {word!r} in a recipe")
 
 
-def _step_code(text: str) -> int:
+def _step_code(name: str, text: str) -> int:
     """The code of the step nearest to `text`: steps are a quarter of an octave apart."""
     try:
         step = float(text)
     except ValueError:
-        raise RecipeError(f"transform must be a step such as 1 or 1.5, got {text!r}") from None
+        raise RecipeError(f"{name} must be a step such as 1 or 1.5, got {text!r}") from None
     if not 2 ** (STEP_CODES[0] / 4) <= step <= 2 ** (STEP_CODES[1] / 4):
-        raise RecipeError(f"transform must be a step from 1/1024 to 1024, got {text!r}")
+        raise RecipeError(f"{name} must be a step from 1/1024 to 1024, got {text!r}")
     return round(4 * math.log2(step))
 
 
@@ -417,5 +429,8 @@ def _between(name: str, value: int, low: int, high: int) -> None:
         raise RecipeError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
 
 
-PRESETS = ("text", "raw", "int8", "int4", "q2c@0.5 int4", "q2c+draft@0.25 int4")
+PRESETS = (
+    "text", "raw", "int8", "int4", "q2c@0.5 int4", "q2c+draft@0.25 int4", "transform=1",
+    "q2c+draft@0.25 transform=0.5 rest=2",
+)  # fmt: skip
 """The recipes that the demo compares."""

@@ -54,14 +54,23 @@ def print_receipt(console: Console, receipt: Receipt) -> None:
     console.print(
         f"{kept}, {receipt.bits_per_element:.2f} bits per element, recipe {receipt.recipe}", highlight=False
     )
+    print_certificate(console, receipt)
+
+
+def print_certificate(console: Console, receipt: Receipt) -> None:
+    """What the sender found when it checked its message, where it was asked to."""
     found = receipt.certificate
-    if found is not None:
-        finer = f", made finer {found.escalations} times" if found.escalations else ""
-        console.print(
-            f"certificate: {found.agreeing_tokens} of {found.tokens} tokens of the sender's own answer, "
-            f"KL {found.kl_mean:.1e}, largest logit error {found.logit_error:.2g}{finer}; {1e3 * found.seconds:.1f} ms",
-            highlight=False,
-        )
+    if found is None:
+        return
+    finer = f", made finer {found.escalations} times" if found.escalations else ""
+    prefill_s = receipt.stage_s.get("prefill", 0.0)
+    share = f", {found.seconds / prefill_s:.0%} of the prefill" if prefill_s else ""
+    console.print(
+        f"certificate: {found.agreeing_tokens} of {found.tokens} tokens of the sender's own answer, "
+        f"KL {found.kl_mean:.1e}, largest logit error {found.logit_error:.2g}{finer}; "
+        f"{1e3 * found.seconds:.1f} ms{share}",
+        highlight=False,
+    )
 
 
 def print_demo(console: Console, report: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from blake3 import blake3
 from kvlink.cache import KVCache, LayerCache, full_positions
 from kvlink.compress.codec import decode, encode
 from kvlink.compress.lossless import pack_part
+from kvlink.compress.transform import Known
 from kvlink.payload import CacheShape, Fingerprint, Prompt
 from kvlink.recipe import Recipe
 from kvlink.wire.file import write_frames
@@ -35,6 +36,9 @@ VECTORS = {
     "int1": ("int1", None, "bfloat16"),
     "mixed": ("int2 layers=1:int8", None, "bfloat16"),
     "low-rank": ("int8 svd=3", None, "bfloat16"),
+    "transform": ("transform=0.25 basis=own", None, "bfloat16"),
+    "transform-kept": ("q2c@0.3 transform=0.5 basis=own", (0, 1, 5, 9, 17), "float16"),
+    "transform-tiers": ("q2c@0.3 transform=0.25 rest=2 basis=own", (0, 1, 5, 9, 17), "bfloat16"),
 }
 
 
@@ -48,6 +52,14 @@ def cache(dtype: str) -> KVCache:
         kind = getattr(torch, dtype)
         layers.append(LayerCache(keys.to(kind), values.to(kind), full_positions(2, 18)))
     return KVCache(tuple(layers), 18)
+
+
+def known() -> Known:
+    """A rotation of two of the three channel pairs, and tolerances from a formula."""
+    speed = torch.tensor([1.0, 0.1, 1.0, 0.1])
+    angle = torch.arange(18)[:, None] * speed[None]
+    units = 0.5 + torch.arange(12, dtype=torch.float64) / 12
+    return Known(((angle.cos(), angle.sin()),) * 2, None, ((units, units),) * 2)
 
 
 def transfer(recipe: Recipe, kept: tuple[int, ...] | None, dtype: str) -> list[bytes]:
@@ -64,17 +76,21 @@ def transfer(recipe: Recipe, kept: tuple[int, ...] | None, dtype: str) -> list[b
     session = SendSession(manifest, chunk_bytes=400)
     if recipe.mode == "text":
         return [session.open(), *session.segment(pack_part("text", TEXT.encode(), "zstd")), session.end()]
-    chosen = full if kept is None else full.select(torch.tensor(kept))
-    return [session.open(), *session.segment(encode(chosen, recipe)), session.end()]
+    positions = None if kept is None else torch.tensor(kept)
+    if recipe.rest is not None:
+        segment = encode(full, recipe, known(), positions)
+    else:
+        segment = encode(full if positions is None else full.select(positions), recipe, known())
+    return [session.open(), *session.segment(segment), session.end()]
 
 
 def digest(restored: KVCache, recipe: Recipe) -> str | float:
     """BLAKE3 over the bytes of all keys, values and positions.
 
-    Low rank ends in a matrix product, whose last bits are the machine's: there the sum of all
+    Low rank and transform end in products, whose last bits are the machine's: there the sum of all
     numbers stands for them.
     """
-    if recipe.rank:
+    if recipe.rank or recipe.transform is not None:
         return float(
             sum(layer.keys.double().sum() + layer.values.double().sum() for layer in restored.layers)
         )
@@ -91,7 +107,7 @@ def expected(frames: list[bytes], shape: CacheShape, recipe: Recipe) -> str | fl
     session = ReceiveSession()
     events = [event for frame in frames for event in session.receive(frame)]
     (segment,) = [event.segment for event in events if isinstance(event, SegmentReceived)]
-    return digest(decode(segment, shape, recipe), recipe)
+    return digest(decode(segment, shape, recipe, known()), recipe)
 
 
 def main() -> None:

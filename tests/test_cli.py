@@ -178,7 +178,8 @@ def test_demo_runs_two_processes_and_reports_every_row(checkpoint):
     assert all(failure.startswith("int8 ") for failure in report["failures"])
     assert done.returncode == (1 if report["failures"] else 0), done.stderr
     assert [row["recipe"] for row in report["rows"]] == [
-        "text", "raw", "int8", "int4", "q2c@0.5 int4", "q2c+draft@0.25 int4",
+        "text", "raw", "int8", "int4", "q2c@0.5 int4", "q2c+draft@0.25 int4", "transform=1",
+        "q2c+draft@0.25 transform=0.5 rest=2",
     ]  # fmt: skip
     for row in report["rows"]:
         fields = {"mode", "recipe", "recipe_full", "n", "f1", "f1_full", "agreement", "wire_bytes"}
@@ -327,6 +328,57 @@ def test_ask_and_demo_write_the_story_of_a_transfer(agents, checkpoint, context,
         assert "sender: prefill" in html
 
 
+def test_pack_can_be_asked_for_bits_a_budget_a_quality_and_a_check(context, tmp_path):
+    out = str(tmp_path / "kept.kvl")
+    told = {}
+    for name, words in {
+        "auto": ["--recipe", "auto"],
+        "bits": ["--recipe", "auto", "--bits", "2"],
+        "budget": ["--recipe", "auto", "--budget", "5kB"],
+        "quality": ["--recipe", "transform=0.5", "--quality", "0.9"],
+        "verify": ["--recipe", "int1", "--verify"],
+    }.items():
+        done = kvlink("pack", "--context", context, "--question", QUESTION, "-o", out, "--json", *words)
+        assert done.returncode == 0, done.stderr
+        told[name] = json.loads(done.stdout)
+    assert told["bits"]["bits_per_element"] <= 2
+    assert told["budget"]["wire_bytes"] <= 5000
+    assert "transform=" in told["auto"]["recipe_full"]
+    assert told["verify"]["certificate"]["agreeing_tokens"] == told["verify"]["certificate"]["tokens"]
+    shown = kvlink(
+        "pack", "--context", context, "--question", QUESTION, "-o", out, "--recipe", "auto", "--verify"
+    )
+    assert b"tokens of the sender's own answer" in shown.stdout
+    assert kvlink("unpack", out, "--question", QUESTION).returncode == 0
+
+
+def test_profiles_are_built_shown_and_checked(tmp_path, checkpoint):
+    file = str(tmp_path / "tiny.profile")
+    built = kvlink("profile", "build", "kvlink-tiny", "-o", file, "--n", "2", "--checks", "1", "--json")
+    assert built.returncode == 0, built.stderr
+    shown = json.loads(kvlink("profile", "show", file, "--json").stdout)
+    assert shown == json.loads(built.stdout)
+    assert shown["layers"] == 4
+    assert set(shown["quality"]) >= {"0.25", "1", "4"}
+    assert kvlink("profile", "check", file, "kvlink-tiny").returncode == 0
+    other = kvlink("profile", "check", file, str(checkpoint("qwen2", "bfloat16")))
+    assert other.returncode == 3
+    assert b"another model's: weights" in other.stderr
+
+
+def test_rates_are_measured_on_plain_and_biased_keys(tmp_path):
+    done = kvlink("eval", "rate", "--n", "2", "--out", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert {row["variant"] for row in rows} == {"plain", "biased"}
+    codecs = {row["codec"] for row in rows}
+    assert codecs >= {"raw", "lossless", "int8", "int4", "int4/token", "transform", "transform/own"}
+    for variant in ("plain", "biased"):
+        found = {r["recipe"]: r for r in rows if r["variant"] == variant and r["question_shift"] == "same"}
+        assert found["raw"]["kl_mean"] == 0
+        assert found["transform=1"]["bits_per_element"] < 0.5 * found["int4"]["bits_per_element"]
+
+
 def mamba(folder: Path) -> Path:
     """The configuration of a model that keeps no attention cache."""
     folder.mkdir()
@@ -394,6 +446,18 @@ BAD = {
         ["ask", "--context", "{good}", "--question", "q", "--report", "/no/such/r.html"],
         2,
         "no directory '/no/such'",
+    ),
+    "bits without a step": (
+        ["pack", "--context", "{good}", "-o", "{out}", "--recipe", "int4", "--bits", "2"],
+        2,
+        "a recipe with a step",
+    ),
+    "quality of 2": (["pack", "--context", "{good}", "-o", "{out}", "--quality", "2"], 2, "quality"),
+    "no profile": (["profile", "show", "{good}"], 5, "not a profile"),
+    "profile of a model that is not there": (
+        ["profile", "build", "./nowhere", "-o", "{out}"],
+        3,
+        "no directory",
     ),
     "unknown table": (["eval", "tables"], 2, "unknown table 'tables'; known: selection, quantization"),
     "unknown data": (["eval", "selection", "--data", "hotpot:x"], 2, "data must be generated"),

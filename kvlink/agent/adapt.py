@@ -13,8 +13,8 @@ from kvlink.profile import Profile
 from kvlink.recipe import STEP_CODES, Quantizer, Recipe, Selection
 
 AUTO = "auto"
-INT8_GRADE = -8
-"""Code of the step that stands for INT8 where nothing is known of a model: 1/4."""
+INT8_GRADE = -12
+"""Code of the step that stands for INT8 where nothing is known of a model: 1/8."""
 
 AUTO_QUALITY = 0.99
 _FINER_CODES = 4
@@ -58,8 +58,11 @@ def finer(recipe: Recipe) -> Recipe | None:
     """The next finer recipe; raw, then all positions, come last; None after them."""
     if recipe.transform is not None:
         if recipe.transform > _FINEST_CODE:
-            return replace(recipe, transform=max(_FINEST_CODE, recipe.transform - _FINER_CODES))
-        return replace(recipe, transform=None, basis="auto")
+            step = max(_FINEST_CODE, recipe.transform - _FINER_CODES)
+            rest = None if recipe.rest is None else max(step, recipe.rest - _FINER_CODES)
+            return replace(recipe, transform=step, rest=rest)
+        chosen = recipe.selection if recipe.rest is None else Selection()
+        return replace(recipe, transform=None, basis="auto", rest=None, selection=chosen)
     coarse = [q.bits for q in (recipe.keys, recipe.values) if q.bits < 16]
     if coarse or recipe.rank:
         finest = [_finer_quantizer(q) for q in (recipe.keys, recipe.values)]

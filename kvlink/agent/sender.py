@@ -50,7 +50,7 @@ from kvlink.wire.file import write_frames
 from kvlink.wire.messages import TRANSFER_ID_BYTES, Manifest
 from kvlink.wire.session import CHUNK_BYTES, SendSession, segment_of
 
-DEFAULT_RECIPE = "q2c+draft@0.25 int4"
+DEFAULT_RECIPE = "q2c+draft@0.25 transform=0.5 rest=2"
 DRAFT_TOKENS = 24
 _FIT_ROUNDS = 6
 _ESCALATIONS = 8
@@ -164,7 +164,8 @@ class Sender:
         need = score(look.evidence, voting, shape)[0]
         kept = torch.ones(shape.tokens)
         chosen = transfer.manifest.recipe.selection
-        if transfer.manifest.recipe.mode == "kv" and chosen.method != "all":
+        recipe = transfer.manifest.recipe
+        if recipe.mode == "kv" and chosen.method != "all" and recipe.rest is None:
             # The amount as it came out: a budget or a share of mass is a count by now.
             counted = replace(chosen, amount=Amount(receipt.kept_tokens, "count"))
             evidence = self.look(context, question, chosen).evidence
@@ -232,10 +233,7 @@ class Sender:
             return self._frame(context, recipe, part, clock, None)
         if recipe.selection.amount.unit == "bytes":
             return self._fit(context, recipe, look.evidence, clock, look.draft)
-        kept = self._select(context, recipe.selection, look.evidence)
-        clock.lap("select")
-        segment = encode(kept, recipe, self._known(recipe, context))
-        clock.lap("encode")
+        segment = self._encode(context, recipe, look.evidence, self._known(recipe, context), clock)
         return self._frame(context, recipe, segment, clock, look.draft)
 
     def _within_bits(
@@ -332,13 +330,25 @@ class Sender:
                 context.evidence[key] = found
             return context.evidence[key]
 
-    def _select(self, context: Context, selection: Selection, evidence: Evidence) -> KVCache:
+    def _encode(
+        self, context: Context, recipe: Recipe, evidence: Evidence, known: Known | None, clock: _Clock
+    ) -> EncodedSegment:
+        """Choose the positions and code them; with a rest the others too, coarsely."""
+        selection, fine = recipe.selection, None
         if selection.method == "all":
-            return context.cache
-        positions = choose_positions(evidence, selection, context.cache.shape)
-        if selection.when == "during":
-            return prefill(self.lm, context.ids, positions)
-        return context.cache.select(positions)
+            kept = context.cache
+        else:
+            positions = choose_positions(evidence, selection, context.cache.shape)
+            if recipe.rest is not None:
+                kept, fine = context.cache, positions
+            elif selection.when == "during":
+                kept = prefill(self.lm, context.ids, positions)
+            else:
+                kept = context.cache.select(positions)
+        clock.lap("select")
+        segment = encode(kept, recipe, known, fine)
+        clock.lap("encode")
+        return segment
 
     def _fit(
         self, context: Context, recipe: Recipe, evidence: Evidence, clock: _Clock, draft: Answer | None
@@ -352,13 +362,8 @@ class Sender:
             selection = counted.selection
             if kept_count(selection, tokens) != guess:  # sinks and recent tokens are always in
                 guess = kept_count(selection, tokens)
-            transfer = self._frame(
-                context,
-                counted,
-                encode(self._select(context, selection, evidence), counted, known),
-                clock,
-                draft,
-            )
+            segment = self._encode(context, counted, evidence, known, clock)
+            transfer = self._frame(context, counted, segment, clock, draft)
             size = transfer.receipt.wire_bytes
             if size <= budget:
                 low, best = guess, transfer
@@ -372,7 +377,6 @@ class Sender:
             raise LimitError(
                 f"no cache fits {budget} bytes: the smallest transfer takes {size}; send the text instead"
             )
-        clock.lap("encode")
         return Transfer(best.manifest, best.frames, best.receipt.with_stages(**clock.stage_s), draft)
 
     def _frame(

@@ -56,7 +56,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 def console() -> Console:
     """Standard output; wide where it is no terminal, so that tables in files keep their columns."""
     plain = Console(soft_wrap=True)
-    return plain if plain.is_terminal else Console(soft_wrap=True, width=140)
+    return plain if plain.is_terminal else Console(soft_wrap=True, width=170)
 
 
 def progress_bar(*columns: Any) -> Progress:

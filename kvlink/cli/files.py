@@ -28,6 +28,7 @@ from kvlink.cli.common import (
     SenderAt,
     Verify,
     checked_recipe,
+    console,
     open_file,
     quiet,
     read_context,
@@ -130,7 +131,7 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Read a context here and keep the transfer as a .kvl file."""
-    from kvlink.show import receipt_dict
+    from kvlink.show import print_certificate, receipt_dict
 
     recipe, text = checked_recipe(recipe), read_context(context)
     wished = wish(budget, bits, quality, verify)
@@ -142,6 +143,8 @@ def pack(
     with out.open("wb") as target:
         count = transfer.write(target)
     _wrote(out, count, as_json, receipt_dict(transfer.receipt))
+    if not as_json:
+        print_certificate(console(), transfer.receipt)
 
 
 def _wrote(out: Path, count: int, as_json: bool, more: dict[str, Any]) -> None:

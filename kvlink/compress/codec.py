@@ -28,6 +28,7 @@ from kvlink.payload import (
     EncodedTensor,
     Part,
     factor_quantizers,
+    held_tokens,
     plain_sizes,
 )
 from kvlink.recipe import Coder, Quantizer, Recipe
@@ -35,8 +36,12 @@ from kvlink.recipe import Coder, Quantizer, Recipe
 Side = Literal["keys", "values"]
 
 
-def encode(cache: KVCache, recipe: Recipe, known: Known | None = None) -> EncodedSegment:
+def encode(
+    cache: KVCache, recipe: Recipe, known: Known | None = None, fine: Tensor | None = None
+) -> EncodedSegment:
     """Code a cache that has been cut down to its kept positions. `known`: for a transform.
+
+    `fine` `[K]`: with a `rest`, the positions of the finer step; the cache is whole then.
 
     Raises CodecError where a number is not finite and the recipe is not raw or lossless.
     """
@@ -45,12 +50,14 @@ def encode(cache: KVCache, recipe: Recipe, known: Known | None = None) -> Encode
         for side, tensor in (("keys", layer.keys), ("values", layer.values)):
             try:
                 if recipe.transform is not None:
-                    tensors.append(_transform(tensor, layer, index, _side(side), recipe, _needed(known)))
+                    tensors.append(
+                        _transform(tensor, layer, index, _side(side), recipe, _needed(known), fine)
+                    )
                 else:
                     tensors.append(_encode_tensor(tensor, index, _side(side), recipe))
             except CodecError as error:
                 raise CodecError(f"layer {index} {side}: {error}") from error
-    sets = _position_sets(cache)
+    sets = _position_sets(cache) if fine is None else fine[None]
     kept = int(sets.shape[1])
     if kept == cache.tokens:
         return EncodedSegment(kept, 0, None, tuple(tensors))
@@ -72,8 +79,9 @@ def decode(segment: EncodedSegment, shape: CacheShape, recipe: Recipe, known: Kn
         raise CodecError(f"expected keys and values of {shape.layers} layers, found {len(parts)} tensors")
     layers = []
     for index in range(shape.layers):
-        held = whole.get(index, segment.kept)
-        if index in whole:
+        held = held_tokens(recipe, shape, index, segment.kept)
+        fine = positions[index][0] if recipe.rest is not None and index not in whole else None
+        if index in whole or fine is not None:
             places = full_positions(shape.kv_heads, held, shape.tokens - held)
         else:
             places = positions[index]
@@ -82,7 +90,7 @@ def decode(segment: EncodedSegment, shape: CacheShape, recipe: Recipe, known: Kn
             try:
                 tensor = parts[index, _side(side)]
                 if recipe.transform is not None:
-                    sides.append(_untransform(tensor, shape, places, recipe, _needed(known)))
+                    sides.append(_untransform(tensor, shape, places, recipe, _needed(known), fine))
                 else:
                     sides.append(_decode_tensor(tensor, shape, held, recipe))
             except (CodecError, KeyError) as error:
@@ -92,15 +100,27 @@ def decode(segment: EncodedSegment, shape: CacheShape, recipe: Recipe, known: Kn
 
 
 def _transform(
-    tensor: Tensor, layer: LayerCache, index: int, side: Side, recipe: Recipe, known: Known
+    tensor: Tensor,
+    layer: LayerCache,
+    index: int,
+    side: Side,
+    recipe: Recipe,
+    known: Known,
+    fine: Tensor | None,
 ) -> EncodedTensor:
     heads, kept, size = tensor.shape
-    width, parts = transform.encode_side(tensor, layer.positions, index, side, recipe, known)
+    codes = _row_codes(recipe, layer.positions[0], None if layer.sliding else fine)
+    width, parts = transform.encode_side(tensor, layer.positions, codes, index, side, recipe, known)
     return EncodedTensor(index, side, (heads, kept, size), width, parts)
 
 
 def _untransform(
-    tensor: EncodedTensor, shape: CacheShape, positions: Tensor, recipe: Recipe, known: Known
+    tensor: EncodedTensor,
+    shape: CacheShape,
+    positions: Tensor,
+    recipe: Recipe,
+    known: Known,
+    fine: Tensor | None,
 ) -> Tensor:
     kept = positions.shape[1]
     expected = plain_sizes(recipe, shape, tensor.layer, tensor.side, kept, tensor.scale_bytes)
@@ -108,9 +128,16 @@ def _untransform(
     if found != expected or tensor.shape != (shape.kv_heads, kept, shape.head_size):
         raise CodecError(f"expected parts {expected}, found {found} of {tensor.shape}")
     dtype = DTYPES[shape.dtype]
-    return transform.decode_side(
-        tensor.parts, tensor.scale_bytes, tensor.shape, positions, tensor.layer, tensor.side, recipe, known, dtype
-    )  # fmt: skip
+    codes = _row_codes(recipe, positions[0], fine)
+    return transform.decode_side(tensor, positions, codes, recipe, known, dtype)
+
+
+def _row_codes(recipe: Recipe, positions: Tensor, fine: Tensor | None) -> Tensor:
+    """4 · log2 of the step of each position `[K]`: the rest's where it is not among the fine ones."""
+    own = torch.full((len(positions),), recipe.transform or 0)
+    if fine is None or recipe.rest is None:
+        return own
+    return torch.where(torch.isin(positions, fine), own, torch.tensor(recipe.rest))
 
 
 def _needed(known: Known | None) -> Known:

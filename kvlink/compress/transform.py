@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvlink.compress import rans
 from kvlink.errors import CodecError, RecipeError
-from kvlink.payload import Part
+from kvlink.payload import EncodedTensor, Part
 from kvlink.profile import Profile, Side
 from kvlink.recipe import Recipe
 
@@ -52,10 +52,12 @@ class Known:
 
 
 def encode_side(
-    tensor: Tensor, positions: Tensor, layer: int, side: str, recipe: Recipe, known: Known
+    tensor: Tensor, positions: Tensor, codes: Tensor, layer: int, side: str, recipe: Recipe, known: Known
 ) -> tuple[int, tuple[Part, ...]]:
-    """Bytes a scale (2 or 4) and the parts of keys or values `[H, K, D]` at `positions` `[H, K]`."""
-    step = _step(recipe)
+    """Bytes a scale (2 or 4) and the parts of keys or values `[H, K, D]` at `positions` `[H, K]`.
+
+    `codes` `[K]`: 4 · log2 of the step of each row.
+    """
     plain = tensor.detach().cpu().double()
     if not bool(plain.isfinite().all()):
         raise CodecError("a number is not finite: only raw and lossless carry it")
@@ -63,51 +65,42 @@ def encode_side(
         plain = rotated(plain, positions, known.rotation[layer], -1)
     shared = known.side(recipe, layer, side)
     if shared is not None:
-        rows = _blocked(plain, len(shared.synthesis)) - _blocked_row(
-            shared.mean.double(), len(shared.synthesis)
-        )
-        found = torch.einsum("bkc,bdc->bkd", rows, shared.analysis) / step
-        classes = _classes(shared.spread.numpy() - _code(recipe), found.shape)
-        return 2, (_codes(found, classes),)
+        blocks = len(shared.synthesis)
+        rows = _blocked(plain, blocks) - shared.mean.double().reshape(blocks, 1, -1)
+        found = torch.einsum("bkc,bdc->bkd", rows, shared.analysis) / _from_code(codes)[None, :, None]
+        return 2, (_codes(found, _classes(shared.spread, codes, found.shape)),)
     rows = _blocked(plain, tensor.shape[0])
     mean, width = _mean(rows)
-    tolerated = known.units[layer][side == "values"].reshape(len(rows), 1, -1)
-    if side == "values":  # relative: to the size of what the layer's values bring
-        tolerated = tolerated * ((rows - mean) / tolerated).square().mean().sqrt().clamp(min=1e-9)
-    unit = (4 * tolerated.reshape(-1).log2()).round().long().clamp(-_CODE_LIMIT, _CODE_LIMIT)
-    steps = (unit + _code(recipe)).clamp(-_CODE_LIMIT, _CODE_LIMIT)
-    found = (rows - mean) / _from_code(steps).reshape(len(rows), 1, -1)
-    spread = (4 * found.square().mean(1).sqrt().clamp(min=1e-9).log2()).round()
-    spread = spread.long().clamp(-_CODE_LIMIT, _CODE_LIMIT).reshape(-1)
+    units = _channel_units(rows - mean, known.units[layer][side == "values"], side)
+    found = (rows - mean) / _from_code(units).reshape(len(rows), 1, -1)
+    spread = _clamped(4 * found.square().mean(1).sqrt().clamp(min=1e-9).log2()).reshape(-1)
     header = mean.reshape(-1).to(torch.float16 if width == 2 else torch.float32).numpy().tobytes()
-    header += steps.to(torch.int8).numpy().tobytes() + spread.to(torch.int8).numpy().tobytes()
-    return width, (
-        Part("scales", "identity", len(header), header),
-        _codes(found, _classes(spread.numpy(), found.shape)),
-    )
+    header += units.to(torch.int8).numpy().tobytes() + spread.to(torch.int8).numpy().tobytes()
+    found = found / _from_code(codes)[None, :, None]
+    coded = _codes(found, _classes(spread, codes, found.shape))
+    return width, (Part("scales", "identity", len(header), header), coded)
 
 
 def decode_side(
-    parts: tuple[Part, ...], scale_bytes: int, shape: tuple[int, int, int], positions: Tensor, layer: int, side: str,
-    recipe: Recipe, known: Known, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    tensor: EncodedTensor, positions: Tensor, codes: Tensor, recipe: Recipe, known: Known, dtype: torch.dtype
+) -> Tensor:
     """Keys or values `[H, K, D]` in `dtype`. Raises CodecError where the parts do not fit."""
-    heads, kept, size = shape
-    shared = known.side(recipe, layer, side)
+    heads, kept, size = tensor.shape
+    shared = known.side(recipe, tensor.layer, tensor.side)
+    steps = _from_code(codes)[None, :, None]
     if shared is not None:
-        blocks = len(shared.synthesis)
-        classes = _classes(shared.spread.numpy() - _code(recipe), (blocks, kept, heads * size // blocks))
-        coefficients = _symbols(parts[0], classes, (blocks, kept, -1)) * _step(recipe)
-        rows = torch.einsum("bkd,bcd->bkc", coefficients, shared.synthesis.double())
-        rows = rows + _blocked_row(shared.mean.double(), blocks)
+        shape = (len(shared.synthesis), kept, heads * size // len(shared.synthesis))
+        found = _symbols(tensor.parts[0], _classes(shared.spread, codes, shape), shape) * steps
+        rows = torch.einsum("bkd,bcd->bkc", found, shared.synthesis.double())
+        rows = rows + shared.mean.double().reshape(shape[0], 1, -1)
     else:
-        mean, steps, spread = _header(parts[0], scale_bytes, heads * size)
-        classes = _classes(spread, (heads, kept, size))
-        rows = _symbols(parts[1], classes, (heads, kept, size)) * steps.reshape(heads, 1, size)
-        rows = rows + mean.reshape(heads, 1, size)
+        mean, units, spread = _header(tensor.parts[0], tensor.scale_bytes, heads * size)
+        shape = (heads, kept, size)
+        found = _symbols(tensor.parts[1], _classes(spread, codes, shape), shape) * steps
+        rows = found * _from_code(units).reshape(heads, 1, size) + mean.reshape(heads, 1, size)
     plain = rows.transpose(0, 1).reshape(kept, heads, size).transpose(0, 1)
-    if side == "keys":
-        plain = rotated(plain, positions, known.rotation[layer], 1)
+    if tensor.side == "keys":
+        plain = rotated(plain, positions, known.rotation[tensor.layer], 1)
     return plain.to(dtype).contiguous()
 
 
@@ -134,11 +127,6 @@ def _blocked(tensor: Tensor, blocks: int) -> Tensor:
     return tensor.transpose(0, 1).reshape(kept, blocks, heads * size // blocks).transpose(0, 1)
 
 
-def _blocked_row(row: Tensor, blocks: int) -> Tensor:
-    """`[C]` → `[B, 1, C/B]`."""
-    return row.reshape(blocks, 1, -1)
-
-
 def _mean(rows: Tensor) -> tuple[Tensor, int]:
     """Means `[B, 1, C/B]` as they travel, and their width: FP16 where that holds them."""
     mean = rows.mean(1, keepdim=True)
@@ -146,25 +134,28 @@ def _mean(rows: Tensor) -> tuple[Tensor, int]:
     return (narrow, 2) if bool(narrow.isfinite().all()) else (mean.float().double(), 4)
 
 
-def _code(recipe: Recipe) -> int:
-    if recipe.transform is None:
-        raise RecipeError(f"{recipe} has no transform")
-    return recipe.transform
+def _channel_units(centred: Tensor, tolerated: Tensor, side: str) -> Tensor:
+    """4 · log2 of the step that each channel tolerates, `[C]` int64. Values: relative to their size."""
+    tolerated = tolerated.reshape(len(centred), 1, -1)
+    if side == "values":
+        tolerated = tolerated * (centred / tolerated).square().mean().sqrt().clamp(min=1e-9)
+    return _clamped(4 * tolerated.reshape(-1).log2())
 
 
-def _step(recipe: Recipe) -> float:
-    return float(2 ** (_code(recipe) / 4))
+def _clamped(codes: Tensor) -> Tensor:
+    """Whole numbers that fit into a byte."""
+    return codes.round().long().clamp(-_CODE_LIMIT, _CODE_LIMIT)
 
 
 def _from_code(codes: Tensor) -> Tensor:
     return torch.pow(torch.tensor(2.0, dtype=torch.float64), codes.double() / 4)
 
 
-def _classes(spread: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The class of every coefficient `[B · K · C/B]`, from those of the channels `[C]`."""
+def _classes(spread: Tensor, codes: Tensor, shape: tuple[int, ...] | torch.Size) -> np.ndarray:
+    """The class of every coefficient `[B · K · C/B]`: its channel's spread in steps of its row."""
     blocks, kept, channels = shape
-    rows = rans.clip_classes(spread).reshape(blocks, 1, channels)
-    return np.broadcast_to(rows, (blocks, kept, channels)).reshape(-1)
+    found = spread.reshape(blocks, 1, channels) - codes.reshape(1, kept, 1)
+    return rans.clip_classes(found.reshape(-1).numpy())
 
 
 def _codes(found: Tensor, classes: np.ndarray) -> Part:
@@ -181,11 +172,11 @@ def _symbols(part: Part, classes: np.ndarray, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(rans.decode(part.data, classes)).double().reshape(shape)
 
 
-def _header(part: Part, width: int, channels: int) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Mean, step `[C]` float64 and spread codes `[C]` of a message without a profile."""
+def _header(part: Part, width: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean `[C]` float64, codes of units and of spreads `[C]` of a message without a profile."""
     mean = np.frombuffer(part.data, "<f2" if width == 2 else "<f4", channels)
     codes = np.frombuffer(part.data, np.int8, 2 * channels, width * channels).astype(np.int64)
     if not np.isfinite(mean).all():
         raise CodecError("a mean is not finite")
-    steps = _from_code(torch.from_numpy(codes[:channels]))
-    return torch.from_numpy(mean.astype(np.float64)), steps, codes[channels:]
+    units, spread = torch.from_numpy(codes).split(channels)
+    return torch.from_numpy(mean.astype(np.float64)), units, spread

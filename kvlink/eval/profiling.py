@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from kvlink.compress.transform import rotated
@@ -35,7 +36,18 @@ def make_profile(
     def unrotate(keys: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         return rotated(keys, positions, rotation, -1)
 
-    profile = build_profile(lm, texts, unrotate, on_step)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums and eigenvectors hang, in their last bits, on how many add them up
+    try:
+        return _make(lm, build_profile(lm, texts, unrotate, on_step), held_out, on_step)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _make(
+    lm: LanguageModel, profile: Profile, held_out: Sequence[Item], on_step: Callable[[], object]
+) -> Profile:
+    """The profile with what each step keeps on the questions that it has not seen."""
     bench = Bench(replace(lm, profile=profile))
     cases = [
         Case(f"transform={2 ** (code / 4)}", shift) for code in CODES for shift in ("same", "paraphrase")

@@ -34,6 +34,9 @@ RATE_SELECTED = (
     *(f"q2c+draft@{amount} {codec}" for amount in _RATE_AMOUNTS for codec in _RATE_STEPS),
     "q2c@0.75 int4", "q2c@0.75 transform=1",
 )  # fmt: skip
+RATE_TIERS = tuple(
+    f"q2c+draft@{amount} transform=0.5 rest={rest}" for amount in (0.25, 0.1) for rest in (2, 4)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,10 @@ def _spectrum(methods: Sequence[str]) -> list[Case]:
 
 def _rate(methods: Sequence[str]) -> list[Case]:
     chosen = [*RATE_CODECS, *RATE_SELECTED]
-    return [Case(recipe, shift) for recipe in chosen for shift in ("same", "paraphrase")]
+    cases = [Case(recipe, shift) for recipe in (*chosen, *RATE_TIERS) for shift in ("same", "paraphrase")]
+    # What selection costs another question, and what tiers give back.
+    compared = ("transform=1", "q2c+draft@0.25 transform=0.5", *RATE_TIERS)
+    return cases + [Case(recipe, "unrelated") for recipe in compared]
 
 
 def codec_of(recipe: Recipe) -> str:

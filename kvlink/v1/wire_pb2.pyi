@@ -173,7 +173,7 @@ class LayerOverride(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., keys: _Optional[_Union[Quantizer, _Mapping]] = ..., values: _Optional[_Union[Quantizer, _Mapping]] = ...) -> None: ...
 
 class Recipe(_message.Message):
-    __slots__ = ("mode", "selection", "keys", "values", "rank", "coder", "overrides", "transform", "basis")
+    __slots__ = ("mode", "selection", "keys", "values", "rank", "coder", "overrides", "transform", "basis", "rest")
     MODE_FIELD_NUMBER: _ClassVar[int]
     SELECTION_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +183,7 @@ class Recipe(_message.Message):
     OVERRIDES_FIELD_NUMBER: _ClassVar[int]
     TRANSFORM_FIELD_NUMBER: _ClassVar[int]
     BASIS_FIELD_NUMBER: _ClassVar[int]
+    REST_FIELD_NUMBER: _ClassVar[int]
     mode: str
     selection: Selection
     keys: Quantizer
@@ -192,7 +193,8 @@ class Recipe(_message.Message):
     overrides: _containers.RepeatedCompositeFieldContainer[LayerOverride]
     transform: int
     basis: str
-    def __init__(self, mode: _Optional[str] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., keys: _Optional[_Union[Quantizer, _Mapping]] = ..., values: _Optional[_Union[Quantizer, _Mapping]] = ..., rank: _Optional[int] = ..., coder: _Optional[str] = ..., overrides: _Optional[_Iterable[_Union[LayerOverride, _Mapping]]] = ..., transform: _Optional[int] = ..., basis: _Optional[str] = ...) -> None: ...
+    rest: int
+    def __init__(self, mode: _Optional[str] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., keys: _Optional[_Union[Quantizer, _Mapping]] = ..., values: _Optional[_Union[Quantizer, _Mapping]] = ..., rank: _Optional[int] = ..., coder: _Optional[str] = ..., overrides: _Optional[_Iterable[_Union[LayerOverride, _Mapping]]] = ..., transform: _Optional[int] = ..., basis: _Optional[str] = ..., rest: _Optional[int] = ...) -> None: ...
 
 class Prompt(_message.Message):
     __slots__ = ("template_id", "before", "after")

@@ -69,6 +69,7 @@ def recipe_to_proto(recipe: Recipe) -> pb.Recipe:
         rank=recipe.rank,
         coder=recipe.coder,
         transform=recipe.transform,
+        rest=recipe.rest,
         basis="" if recipe.basis == "auto" else recipe.basis,
         overrides=[
             pb.LayerOverride(
@@ -106,6 +107,7 @@ def recipe_from_proto(message: pb.Recipe) -> Recipe:
         coder=cast(Any, message.coder),
         transform=message.transform if message.HasField("transform") else None,
         basis=message.basis or "auto",
+        rest=message.rest if message.HasField("rest") else None,
         overrides=tuple(
             LayerOverride(o.layer, _quantizer_from_proto(o.keys), _quantizer_from_proto(o.values))
             for o in message.overrides

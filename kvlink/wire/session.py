@@ -28,7 +28,7 @@ from kvlink.errors import (
     RemoteProtocolError,
     TruncatedError,
 )
-from kvlink.payload import CacheShape, EncodedSegment, EncodedTensor, Part, PartKind, plain_sizes
+from kvlink.payload import CacheShape, EncodedSegment, EncodedTensor, Part, PartKind, held_tokens, plain_sizes
 from kvlink.recipe import Recipe
 from kvlink.v1 import wire_pb2 as pb
 from kvlink.wire.messages import Manifest, manifest_from_proto, manifest_to_proto
@@ -365,7 +365,7 @@ def _expected_parts(
         plain.append(("map", message.map_sets * -(-shape.tokens // 8)))
     tensors: list[Any] = []
     for layer in range(shape.layers):
-        held = whole.get(layer, message.kept)
+        held = held_tokens(recipe, shape, layer, message.kept)
         sides: tuple[Literal["keys", "values"], ...] = ("keys", "values")
         for side in sides:
             scale_bytes = message.scale_bytes[len(tensors)]
