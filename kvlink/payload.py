@@ -144,6 +144,8 @@ def quantized_sizes(
     """Kinds and plain bytes of the parts that a quantizer makes of a `[H, N, D]` tensor."""
     heads, rows, columns = shape
     count = heads * rows * columns
+    if quantizer.bits == 16 and quantizer.lossless and quantizer.axis == "channel":
+        return [("codes", count)] * element_bytes  # each plane has statistics, and so a part, of its own
     if quantizer.bits == 16:
         return [("codes", count * element_bytes)]
     lines, length = (rows, columns) if quantizer.axis == "token" else (columns, rows)

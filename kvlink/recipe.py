@@ -141,7 +141,8 @@ class Quantizer:
     `axis`: the axis along which numbers share a scale: `token` (one scale per token and group of
     channels) or `channel` (one scale per channel and group of tokens). `group`: numbers that
     share a scale. `symmetric`: no offset. With 1 bit: sign times mean magnitude around the mean.
-    `lossless` (bits=16 only): byte planes, so that the coder finds the regular exponents.
+    `lossless` (bits=16 only): byte planes, so that the coder finds the regular exponents; along a
+    channel's tokens, or (`token`) along a token's channels.
     """
 
     bits: int = 16
@@ -160,7 +161,8 @@ class Quantizer:
 
     def __str__(self) -> str:
         if self.bits == 16:
-            return "lossless" if self.lossless else "raw"
+            planes = "lossless" if self.axis == "channel" else "lossless/token"
+            return planes if self.lossless else "raw"
         return f"int{self.bits}/{self.axis}/g{self.group}/{'sym' if self.symmetric else 'asym'}"
 
     @classmethod
@@ -168,9 +170,9 @@ class Quantizer:
         """Read `raw`, `lossless`, `int4` or `int4/channel/g64/asym`. Raises RecipeError."""
         head, *rest = text.split("/")
         if head in ("raw", "lossless"):
-            if rest:
+            if rest and text != "lossless/token":
                 raise RecipeError(f"{head} takes no options, got {text!r}")
-            return cls(lossless=head == "lossless")
+            return cls(lossless=True, axis="token" if rest else "channel") if head == "lossless" else cls()
         match = re.fullmatch(r"int(\d{1,2})", head)
         if not match or int(match[1]) not in INTEGER_BITS:
             raise RecipeError(f"expected raw, lossless or int8/int4/int3/int2/int1, got {text!r}")

@@ -29,7 +29,8 @@ TEXT = "Tavik is a town."
 VECTORS = {
     "text": ("text", None, "bfloat16"),
     "raw": ("raw", None, "bfloat16"),
-    "lossless-float32": ("lossless", None, "float32"),
+    "lossless-float32": ("lossless/token", None, "float32"),
+    "lossless": ("lossless", None, "bfloat16"),
     "int8": ("int8", None, "bfloat16"),
     "int4-kept": ("q2c@0.3 int4", (0, 1, 5, 9, 17), "bfloat16"),
     "int3-symmetric": ("int3/token/g8/sym coder=identity", None, "float16"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvlink.cache import DTYPES, KVCache, LayerCache, full_positions
 from kvlink.compress import transform
-from kvlink.compress.lossless import from_planes, pack_part, to_planes, unpack_part
+from kvlink.compress.lossless import from_planes, pack_part, split_planes, to_planes, unpack_part
 from kvlink.compress.quantize import dequantize, quantize
 from kvlink.compress.transform import Known
 from kvlink.errors import CodecError, RecipeError
@@ -245,6 +245,10 @@ def _encode_matrix(
 ) -> tuple[int, tuple[Part, ...]]:
     """Bytes a scale (at least `scale_bytes`) and the parts of one tensor."""
     if quantizer.bits == 16:
+        if quantizer.lossless and quantizer.axis == "channel":
+            data = tensor.detach().cpu().mT.contiguous().view(torch.uint8).numpy().tobytes()
+            planes = split_planes(data, tensor.element_size())
+            return 2, tuple(pack_part("codes", plane, coder) for plane in planes)
         data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
         if quantizer.lossless:
             return 2, (pack_part("codes", to_planes(data, tensor.element_size()), coder),)
@@ -262,6 +266,10 @@ def _decode_matrix(
     dtype: torch.dtype,
 ) -> Tensor:
     if quantizer.bits == 16:
+        if quantizer.lossless and quantizer.axis == "channel":
+            data = from_planes(b"".join(unpack_part(part) for part in parts), dtype.itemsize)
+            found = torch.frombuffer(bytearray(data), dtype=dtype)
+            return found.reshape(shape[0], shape[2], shape[1]).mT.contiguous()
         data = unpack_part(parts[0])
         if quantizer.lossless:
             data = from_planes(data, dtype.itemsize)

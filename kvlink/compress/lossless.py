@@ -55,6 +55,11 @@ def to_planes(data: bytes, element_bytes: int) -> bytes:
     return np.frombuffer(data, np.uint8).reshape(-1, element_bytes).T.tobytes()
 
 
+def split_planes(data: bytes, element_bytes: int) -> list[bytes]:
+    """The planes of `to_planes`, each on its own."""
+    return [plane.tobytes() for plane in np.frombuffer(data, np.uint8).reshape(-1, element_bytes).T]
+
+
 def from_planes(data: bytes, element_bytes: int) -> bytes:
     """Undo `to_planes`."""
     return np.frombuffer(data, np.uint8).reshape(element_bytes, -1).T.tobytes()
