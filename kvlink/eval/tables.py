@@ -24,7 +24,7 @@ RANKS = (8, 16, 32, 64)
 SPECTRUM_SHARE = 0.05
 STEPS = (0.25, 0.5, 1, 1.41, 2)
 RATE_CODECS = (
-    "raw", "lossless", "int8", "int4", "int3", "int2", "keys=int4/token values=int4/token",
+    "text", "raw", "lossless", "int8", "int4", "int3", "int2", "keys=int4/token values=int4/token",
     *(f"transform={step} basis=own" for step in STEPS),
     *(f"transform={step}" for step in STEPS),
 )  # fmt: skip
