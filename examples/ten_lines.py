@@ -3,7 +3,7 @@
 import kvlink
 
 text = "Jand Faris was born in Nibo. Rom Tecil was born in Naklo. Jand Faris plays the cello every evening."
-question = "Where was Jand Faris born?"
+question = "What instrument does Jand Faris play?"
 
 sender, receiver = kvlink.Sender(), kvlink.Receiver()
 context = sender.read(text)

@@ -23,7 +23,7 @@ def test_the_ten_lines_of_the_readme_run(capsys):
     assert body in (ROOT / "README.md").read_text(), "the README shows examples/ten_lines.py"
     runpy.run_path(str(ROOT / "examples" / "ten_lines.py"))
     answer, cost = capsys.readouterr().out.splitlines()
-    assert answer == "Nibo"
+    assert answer == "cello"
     assert "bits per element" in cost
 
 

@@ -93,7 +93,8 @@ def from_records(study: Study, files: Sequence[Path]) -> Report:
     report, tables = Report(study.table), study.tables()
     for file in files:
         record = read_record(file)
-        missing = {case.key for cases in tables.values() for case in cases} - set(record.header["cases"])
+        wanted = _cases(tables, record.header["variant"])
+        missing = {case.key for case in wanted} - set(record.header["cases"])
         if missing:
             raise ConfigError(f"{file} lacks {len(missing)} cases of {study.table}, such as {min(missing)}")
         if len(record.lines) < record.header["items"]:
@@ -127,12 +128,20 @@ def _measured(
     study: Study, settings: Settings, items: Sequence[Item], tables: dict[str, list[Case]], folder: Path,
     progress: Progress, fresh: bool,
 ) -> Record:  # fmt: skip
-    cases = list(dict.fromkeys(case for found in tables.values() for case in found))
+    cases = _cases(tables, settings.variant)
     title = f"{settings.model}, {settings.data}"
     return run(
         settings, items, cases, record_file(study, settings, folder), fresh=fresh,
         on_start=lambda done: progress.start(title, len(items), done), on_item=progress.step,
     )  # fmt: skip
+
+
+def _cases(tables: dict[str, list[Case]], variant: str) -> list[Case]:
+    """Every case once. The biased variant is there to see what constants in keys do to codecs."""
+    cases = list(dict.fromkeys(case for found in tables.values() for case in found))
+    if variant == "biased":
+        return [case for case in cases if case.shift == "same" and "@" not in case.recipe]
+    return cases
 
 
 def _add(report: Report, record: Record, tables: dict[str, list[Case]]) -> None:
@@ -144,7 +153,7 @@ def _add(report: Report, record: Record, tables: dict[str, list[Case]]) -> None:
         {
             **{
                 name: header[name]
-                for name in ("model", "data", "seed", "dtype", "prompt", "pad_to", "release")
+                for name in ("model", "data", "seed", "dtype", "prompt", "pad_to", "release", "variant")
             },
             "n": len(lines),
             "context_tokens": statistics.fmean(line["context_tokens"] for line in lines),

@@ -22,20 +22,20 @@ DURING = (0.75, 0.5, 0.25)
 COMBINED = (0.25, 0.5, 0.75, 1.0)
 RANKS = (8, 16, 32, 64)
 SPECTRUM_SHARE = 0.05
-STEPS = (0.25, 0.5, 1, 1.41, 2)
+STEPS = (0.5, 1, 1.41, 2)
 RATE_CODECS = (
     "text", "raw", "lossless", "int8", "int4", "int3", "int2", "keys=int4/token values=int4/token",
     *(f"transform={step} basis=own" for step in STEPS),
     *(f"transform={step}" for step in STEPS),
 )  # fmt: skip
-_RATE_AMOUNTS = (0.75, 0.5, 0.25, 0.1)
-_RATE_STEPS = ("int4", "transform=0.5", "transform=1", "transform=1.41")
+_RATE_AMOUNTS = (0.5, 0.25, 0.1)
+_RATE_STEPS = ("int4", "transform=0.5", "transform=1")
 RATE_SELECTED = (
     *(f"q2c+draft@{amount} {codec}" for amount in _RATE_AMOUNTS for codec in _RATE_STEPS),
     "q2c@0.75 int4", "q2c@0.75 transform=1",
 )  # fmt: skip
 RATE_TIERS = tuple(
-    f"q2c+draft@{amount} transform=0.5 rest={rest}" for amount in (0.25, 0.1) for rest in (2, 4)
+    f"q2c+draft@{amount} transform=0.5 rest={rest}" for amount, rest in ((0.25, 2), (0.25, 4), (0.1, 2))
 )
 
 

@@ -89,6 +89,47 @@ def quality(rows: Rows) -> str:
         return _svg(figure)
 
 
+def distortion(rows: Rows) -> str:
+    """KL to the full cache against bits per element, both on log axes, a line for each codec."""
+    groups: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in rows:
+        if row.get("kl_mean") and row["bits_per_element"] and row["question_shift"] == "same":
+            groups.setdefault(_codec_family(row), {})[row["recipe"]] = (
+                row["bits_per_element"],
+                row["kl_mean"],
+            )
+    if not groups:
+        return ""
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": "distortion"}):
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        axes = figure.subplots()
+        for index, (name, found) in enumerate(groups.items()):
+            line = sorted(found.values())
+            axes.plot(
+                [x for x, _ in line], [y for _, y in line], marker=_MARKS[index % len(_MARKS)], ms=5, lw=1,
+                color=_COLOURS[index % len(_COLOURS)], label=name,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("bits per element of the full cache, all bytes counted")
+        axes.set_ylabel("KL to the full cache, nats a token")
+        figure.legend(fontsize=8, ncols=3, loc="outside lower center")
+        return _svg(figure)
+
+
+def _codec_family(row: dict[str, Any]) -> str:
+    """Which line of the distortion plot a row belongs to: its selection, and its codec without its size."""
+    kind = (
+        "rest"
+        if "rest=" in row["recipe"]
+        else str(row.get("codec", "")).rstrip("0123456789").removesuffix("/token")
+    )
+    kind = {"int": "INT8 … INT1", "rest": "transform, tiers"}.get(kind, kind)
+    kind = "INT4 per token" if row.get("codec") == "int4/token" else kind
+    chosen = "" if row["selection"] in (None, "all") else f"{row['selection']} "
+    return chosen + kind
+
+
 _CODEC_MARKS = {"raw, lossless": "o", "int8": "s", "int4": "^", "fewer bits": "v", "low rank": "X"}
 
 

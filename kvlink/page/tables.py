@@ -17,9 +17,10 @@ def render(report: dict[str, Any]) -> str:
     """HTML of a report as `kvlink eval --json` prints it."""
     sections = []
     for run in report["runs"]:
-        rows = [r for r in report["rows"] if (r["model"], r["data"]) == (run["model"], run["data"])]
+        rows = [r for r in report["rows"] if _of(r, run)]
         drawn = (
             ("Quality against bytes", plots.quality(rows)),
+            ("Divergence against bytes", plots.distortion(rows)),
             ("Which positions to keep, and what is asked of them", plots.retention(rows)),
             ("When the cache beats the text", plots.rates(rows)),
             ("Where the energy is", plots.spectrum(rows)),
@@ -34,6 +35,12 @@ def render(report: dict[str, Any]) -> str:
     return fill(
         "tables.html", title=f"kvlink eval {report['table']}", sections=sections, notes=report["notes"]
     )
+
+
+def _of(row: dict[str, Any], run: dict[str, Any]) -> bool:
+    """Whether a row belongs to a run; rows without a variant belong to the plain one."""
+    variant = run.get("variant", "plain")
+    return (row["model"], row["data"], row.get("variant", "plain")) == (run["model"], run["data"], variant)
 
 
 def _table(name: str, rows: plots.Rows) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from kvlink.agent.receiver import Receiver
 from kvlink.agent.sender import Sender
 from kvlink.errors import ContextError
 from kvlink.eval.measure import Bench
@@ -47,6 +48,18 @@ def test_bytes_are_those_of_the_frames(tiny, bench, item):
     shape = transfer.manifest.shape
     assert found["bits_per_element"] == pytest.approx(8 * found["wire_bytes"] / shape.element_count)
     assert found["kept_tokens"] == transfer.receipt.kept_tokens
+
+
+def test_answers_are_those_that_generation_gives(tiny, bench):
+    """What is told from one pass along the sender's answer is what a token at a time gives."""
+    sender, receiver = Sender(tiny), Receiver(tiny)
+    recipes = ("raw", "int8", "int3", "int2", "int1", "q2c@0.25 int4", "snapkv@0.5 raw", "transform=2")
+    for item in itertools.islice(generated(14), 6):
+        found = measured(bench, item, *(Case(recipe) for recipe in recipes))
+        context = sender.read(item.context)
+        for recipe, outcome in zip(recipes, found, strict=True):
+            held = receiver.receive(sender.pack(context, item.question, recipe).frames)
+            assert outcome["answer"] == receiver.answer(held, item.question).text, recipe
 
 
 def test_divergence_grows_as_bits_shrink(bench, item):
@@ -109,13 +122,15 @@ def test_a_low_rank_says_what_energy_it_kept(bench, item):
 
 
 def test_answers_are_scored_by_the_data_sets_rules(bench):
-    context = "Jand Faris was born in Nibo. Rom Tecil was born in Naklo."
-    question = "Where was Jand Faris born?"
-    squad = Item(context, question, ("Ni-bo",), rules="squad")
-    trivia = Item(context, question, ("Ni-bo", "Nibo!"), rules="trivia")
+    context = (
+        "Jand Faris was born in Nibo. Rom Tecil was born in Naklo. Jand Faris plays the cello every evening."
+    )
+    question = "What instrument does Jand Faris play?"
+    squad = Item(context, question, ("cel-lo",), rules="squad")
+    trivia = Item(context, question, ("cel-lo", "Cello!"), rules="trivia")
     assert measured(bench, squad, Case("raw"))[0]["em"] == 1.0
     assert measured(bench, trivia, Case("raw"))[0]["em"] == 1.0
-    assert measured(bench, Item(context, question, ("Ni-bo",), rules="trivia"), Case("raw"))[0]["em"] == 0.0
+    assert measured(bench, Item(context, question, ("cel-lo",), rules="trivia"), Case("raw"))[0]["em"] == 0.0
 
 
 def test_a_context_larger_than_the_window_is_refused(bench):

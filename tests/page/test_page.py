@@ -41,7 +41,7 @@ def report() -> dict:
         for side in ("keys", "values"):
             more = {"layer": layer, "side": side, "energy_top5": 0.6}
             rows.append(Row(table="spectrum", more=more, **known))
-    run = {**known, "n": 5, "context_tokens": 100.0, "f1_full": 0.9}
+    run = {**known, "n": 5, "context_tokens": 100.0, "f1_full": 0.9, "variant": "plain"}
     return {"table": "all", "rows": [row.to_dict() for row in rows], "runs": [run], "notes": [HOSTILE]}
 
 
@@ -105,7 +105,7 @@ def test_a_page_needs_nothing_but_itself_and_runs_nothing(name):
 
 def test_the_tables_page_has_all_plots_and_all_rows():
     html = page.tables_page(report())
-    assert html.count("<svg") == 4
+    assert html.count("<svg") == 5
     assert "#010203" not in html
     assert html.count("<tbody>") == 3
     assert html.count("<tr>") == 3 + len(report()["rows"])
