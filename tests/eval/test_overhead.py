@@ -185,7 +185,8 @@ async def test_a_socket_counts_what_is_between_two_readings(tiny):
         await asyncio.sleep(0.05)
         count = client.socket_count().since(before)
     await server.stop(0)
-    assert count.bytes_acked == count.bytes_sent - count.bytes_retransmitted
+    # Whatever is not acknowledged at the second reading was acknowledged from before the first, or is on its way.
+    assert abs(count.bytes_acked - (count.bytes_sent - count.bytes_retransmitted)) < 1000
     assert transfer.receipt.wire_bytes <= count.bytes_acked <= transfer.receipt.wire_bytes + 1000
     assert count.segments_out >= count.data_segments_out > 0
     assert count.segments_in > 0
