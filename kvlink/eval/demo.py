@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import IO, Any
 
 from kvlink.errors import PeerUnavailableError
-from kvlink.eval.questions import Item, load_items, prose
+from kvlink.eval.questions import Item, from_file, load_items, prose
 from kvlink.eval.rows import Outcome, Row, summarise
 from kvlink.eval.score import exact_match, f1
 from kvlink.recipe import PRESETS
@@ -52,9 +52,10 @@ class Report:
 
 
 def choose_items(data: str, count: int, seed: int, with_prose: bool = True) -> list[Item]:
-    """`count` questions of the data; with generated ones also the five over prose."""
-    items = load_items(data, count, seed)
-    return [*items, *prose()] if with_prose and data.startswith("generated") else items
+    """Generated questions and the five over prose, or the first `count` of a file."""
+    if data.partition(":")[0] != "generated":
+        return from_file(data)[:count]
+    return [*load_items(data, count, seed), *(prose() if with_prose else [])]
 
 
 @asynccontextmanager

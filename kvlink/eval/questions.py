@@ -82,7 +82,7 @@ def load_items(text: str, count: int, seed: int) -> list[Item]:
         if colon and not rest.isdecimal():
             raise ConfigError(f"generated takes a whole number as its seed, got {rest!r}")
         return list(itertools.islice(generated(int(rest) if colon else seed), count))
-    found = _from_file(text)
+    found = from_file(text)
     chosen = sorted(random.Random(f"sample/{seed}").sample(range(len(found)), min(count, len(found))))
     return [found[index] for index in chosen]
 
@@ -92,12 +92,13 @@ def distractors(text: str, seed: int) -> list[str]:
     if text.partition(":")[0] == "generated":
         rng = random.Random(f"distractors/{seed}")
         return [make_passage(rng, rng.randint(*FACT_COUNTS)).text for _ in range(_POOL)]
-    found = list(dict.fromkeys(item.context for item in _from_file(text)))
+    found = list(dict.fromkeys(item.context for item in from_file(text)))
     random.Random(f"distractors/{seed}").shuffle(found)
     return found[:_POOL]
 
 
-def _from_file(text: str) -> list[Item]:
+def from_file(text: str) -> list[Item]:
+    """All questions of `squad:FILE`, `trivia:FILE` or a path, in the file's order."""
     kind, colon, rest = text.partition(":")
     readers: dict[str, Callable[[Path], list[Item]]] = {"squad": squad, "trivia": trivia}
     if colon and kind in readers and rest:
