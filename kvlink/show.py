@@ -175,7 +175,7 @@ def print_eval(console: Console, report: dict[str, Any]) -> None:
     for run in report["runs"]:
         console.print(
             f"{run['model']} on {run['data']}: n = {run['n']}, seed {run['seed']}, "
-            f"{run['context_tokens']:.0f} context tokens on average, full F1 {run['f1_full']:.3f}",
+            f"{run['context_tokens']:.0f} context tokens on average{_full(run)}",
             highlight=False,
         )
     several = (
@@ -233,6 +233,10 @@ def _pivot(title: str, rows: list[dict[str, Any]]) -> Table:
     for key, cells in lines.items():
         table.add_row(*key, *(cells.get(amount, "") for amount in amounts))
     return table
+
+
+def _full(run: dict[str, Any]) -> str:
+    return "" if run["f1_full"] is None else f", full F1 {run['f1_full']:.3f}"
 
 
 def _interval(row: dict[str, Any]) -> str | None:

@@ -328,6 +328,27 @@ def test_ask_and_demo_write_the_story_of_a_transfer(agents, checkpoint, context,
         assert "sender: prefill" in html
 
 
+def test_the_story_of_a_verified_transfer_has_its_certificate(agents, context, tmp_path):
+    file = str(tmp_path / "verified.html")
+    words = [
+        "ask",
+        "--context",
+        context,
+        "--question",
+        QUESTION,
+        "--recipe",
+        "int8",
+        "--verify",
+        *agents.at(),
+    ]
+    done = kvlink(*words, "--report", file, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["certificate"]
+    html = Path(file).read_text()
+    assert "sender: verify" in html
+    assert f"{found['agreeing_tokens']} of {found['tokens']} tokens" in html
+
+
 def test_pack_can_be_asked_for_bits_a_budget_a_quality_and_a_check(context, tmp_path):
     out = str(tmp_path / "kept.kvl")
     told = {}

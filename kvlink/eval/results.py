@@ -14,8 +14,7 @@ from typing import Any
 
 from kvlink.eval.rows import Outcome, Row, summarise
 from kvlink.eval.run import Record
-from kvlink.eval.tables import Case, codec_of
-from kvlink.recipe import Recipe
+from kvlink.eval.tables import Case
 
 
 def rows_of(record: Record, tables: Mapping[str, Sequence[Case]]) -> list[Row]:
@@ -41,8 +40,8 @@ def _sum_up(record: Record, lines: Sequence[Mapping[str, Any]], case: Case) -> R
     header = record.header
     known = {"model": header["model"], "data": header["data"], "seed": header["seed"]}
     row = summarise(case.recipe, found, shift=case.shift, **known)
-    told = {"variant": header.get("variant", "plain"), "codec": codec_of(Recipe.parse(case.recipe))}
-    row = replace(row, more={**row.more, **(told if case.kind != "spectrum" else {})})
+    if case.kind != "spectrum":
+        row = replace(row, more={**row.more, "variant": header.get("variant", "plain")})
     if case.kind == "answer":
         return row
     # Nothing travels: there are no bytes and no time to speak of.

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvlink.compress.select import sees
 from kvlink.eval.score import interval
+from kvlink.eval.tables import codec_of
 from kvlink.recipe import Recipe
 
 
@@ -56,6 +57,7 @@ class Row:
     model: str = ""
     data: str = ""
     mode: str = ""
+    codec: str = ""
     recipe: str = ""
     recipe_full: str = ""
     selection: str | None = None
@@ -103,6 +105,7 @@ def summarise(recipe: str, found: Sequence[Outcome], *, shift: str = "same", **k
     amount = selection.amount
     return Row(
         mode=parsed.mode,
+        codec=codec_of(parsed),
         recipe=recipe,
         recipe_full=str(parsed),
         selection=selection.method if is_kv else None,

@@ -82,7 +82,7 @@ def evaluate(
             record = _measured(study, settings, items, tables, folder, progress, fresh)
             _add(report, record, tables)
         if study.with_overhead:
-            _add_overhead(report, settings, items, progress)
+            _add_overhead(study, report, settings, items, progress)
         if report.runs:
             report.runs[-1]["seconds"] = time.monotonic() - began
     return report
@@ -100,6 +100,8 @@ def from_records(study: Study, files: Sequence[Path]) -> Report:
         if len(record.lines) < record.header["items"]:
             report.notes.append(f"{file} is not finished: {len(record.lines)} of {record.header['items']}")
         _add(report, record, tables)
+    if study.with_overhead:
+        report.notes.append("records hold no overhead: kvlink eval overhead measures it")
     return report
 
 
@@ -158,7 +160,7 @@ def _add(report: Report, record: Record, tables: dict[str, list[Case]]) -> None:
             "n": len(lines),
             "context_tokens": statistics.fmean(line["context_tokens"] for line in lines),
             "f1_full": next(
-                (r.f1_full for r in rows if r.question_shift == "same" and r.f1_full is not None), 0.0
+                (r.f1_full for r in rows if r.question_shift == "same" and r.f1_full is not None), None
             ),
             "weights": header["weights"],
             "data_digest": header["data_digest"],
@@ -172,22 +174,18 @@ def _add(report: Report, record: Record, tables: dict[str, list[Case]]) -> None:
         )
 
 
-def _add_overhead(report: Report, settings: Settings, items: Sequence[Item], progress: Progress) -> None:
+def _add_overhead(
+    study: Study, report: Report, settings: Settings, items: Sequence[Item], progress: Progress
+) -> None:
     lm = open_model(settings)
     known = {"model": settings.model, "data": settings.data, "seed": settings.seed}
     progress.start(f"{settings.model}, overhead", overhead.steps(), 0)
     rows, notes = overhead.measure(lm, items[:40], known, progress.step)
     report.rows += rows
     report.notes += notes
-    if (
-        not report.runs
-        or report.runs[-1]["data"] != settings.data
-        or report.runs[-1]["model"] != settings.model
-    ):
-        report.runs.append(
-            {**known, "n": len(rows), "context_tokens": statistics.fmean(r.context_tokens or 0 for r in rows or [Row()]),
-             "f1_full": 0.0}
-        )  # fmt: skip
+    if study.table == "overhead" and rows:  # no run of questions has said what this is
+        tokens = statistics.fmean(row.context_tokens or 0 for row in rows)
+        report.runs.append({**known, "n": len(rows), "context_tokens": tokens, "f1_full": None})
 
 
 def settings_for(table: str, models: Sequence[str], data: Sequence[str], base: Settings) -> list[Settings]:

@@ -8,6 +8,7 @@ Does not know: contexts, peers. Place on the path: before it.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -89,7 +90,7 @@ class LanguageModel:
             return [self.tokenizer.decode([i]) for i in ids]
         found = self.tokenizer(whole, add_special_tokens=special, return_offsets_mapping=True)
         ends = [end for _, end in found["offset_mapping"]]
-        starts = [0, *(max(ends[: i + 1]) for i in range(len(ends) - 1))]
+        starts = itertools.accumulate(ends[:-1], max, initial=0)
         return [whole[a:b] for a, b in zip(starts, ends, strict=True)]
 
     def _encode(self, text: str, special: bool) -> list[int]:

@@ -119,18 +119,25 @@ def distortion(rows: Rows) -> str:
 
 def _codec_family(row: dict[str, Any]) -> str:
     """Which line of the distortion plot a row belongs to: its selection, and its codec without its size."""
-    kind = (
-        "rest"
-        if "rest=" in row["recipe"]
-        else str(row.get("codec", "")).rstrip("0123456789").removesuffix("/token")
-    )
-    kind = {"int": "INT8 … INT1", "rest": "transform, tiers"}.get(kind, kind)
-    kind = "INT4 per token" if row.get("codec") == "int4/token" else kind
+    codec = row["codec"]
+    if "rest=" in row["recipe"]:
+        kind = "transform, tiers"
+    elif codec == "int4/token":
+        kind = "INT4 per token"
+    else:
+        kind = "INT8 … INT1" if codec.startswith("int") else codec
     chosen = "" if row["selection"] in (None, "all") else f"{row['selection']} "
     return chosen + kind
 
 
-_CODEC_MARKS = {"raw, lossless": "o", "int8": "s", "int4": "^", "fewer bits": "v", "low rank": "X"}
+_CODEC_MARKS = {
+    "raw, lossless": "o",
+    "int8": "s",
+    "int4": "^",
+    "fewer bits": "v",
+    "low rank": "X",
+    "transform": "D",
+}
 
 
 def _colour_of(row: dict[str, Any]) -> str:
@@ -146,14 +153,12 @@ def _colour(names: list[str], name: str) -> str:
 
 
 def _mark_of(row: dict[str, Any]) -> str:
-    """The mark of a row's codec, told from the words of its recipe."""
-    words = row["recipe"].split()
-    if row["mode"] == "text":
+    """The mark of a row's codec."""
+    codec = row["codec"].partition("/")[0]
+    if codec == "text":
         return "*"
-    if any(word.startswith("svd=") for word in words):
-        return _CODEC_MARKS["low rank"]
-    codec = next((word.partition("/")[0] for word in words if word.startswith("int")), "raw, lossless")
-    return _CODEC_MARKS.get(codec, _CODEC_MARKS["fewer bits"])
+    kind = {"raw": "raw, lossless", "lossless": "raw, lossless", "svd": "low rank"}.get(codec, codec)
+    return _CODEC_MARKS.get(kind, _CODEC_MARKS["fewer bits"])
 
 
 def retention(rows: Rows) -> str:

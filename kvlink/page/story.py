@@ -13,21 +13,20 @@ from kvlink.plan import break_even
 from kvlink.receipt import BYTE_KINDS, STAGES, Receipt
 from kvlink.transport.api import Explanation
 
-AT = {
-    "prefill": "sender", "draft": "sender", "select": "sender", "encode": "sender", "wire": "link",
-    "decode": "receiver", "read": "receiver", "first_token": "receiver", "generate": "receiver",
-}  # fmt: skip
-_MEANING = {
-    "prefill": "the sender reads the context",
-    "draft": "the sender answers briefly itself",
-    "select": "evidence and choice of positions",
-    "encode": "quantize, code, frame",
-    "wire": "on the link",
-    "decode": "check, decode, restore",
-    "read": "the receiver reads the text itself",
-    "first_token": "question read, first token",
-    "generate": "the rest of the answer",
+_STAGES = {
+    "prefill": ("sender", "the sender reads the context"),
+    "draft": ("sender", "the sender answers briefly itself"),
+    "select": ("sender", "evidence and choice of positions"),
+    "encode": ("sender", "quantize, code, frame"),
+    "verify": ("sender", "the sender decodes its own message and reads its answer from it"),
+    "wire": ("link", "on the link"),
+    "decode": ("receiver", "check, decode, restore"),
+    "read": ("receiver", "the receiver reads the text itself"),
+    "first_token": ("receiver", "question read, first token"),
+    "generate": ("receiver", "the rest of the answer"),
 }
+"""Where each stage is, and what happens in it."""
+
 _FULL_SHADE = 0.85
 
 
@@ -85,10 +84,11 @@ def _waterfall(receipt: Receipt) -> list[dict[str, Any]]:
     total = max(1e-9, sum(seconds for _, seconds in stages))
     out, at = [], 0.0
     for name, seconds in stages:
+        where, meaning = _STAGES[name]
         left, width = min(99.0, 100 * at / total), max(0.3, 100 * seconds / total)
         out.append(
             {
-                "name": name.replace("_", " "), "where": AT[name], "means": _MEANING[name], "ms": 1e3 * seconds,
+                "name": name.replace("_", " "), "where": where, "means": meaning, "ms": 1e3 * seconds,
                 "left": left, "width": min(width, 100 - left),
             }
         )  # fmt: skip

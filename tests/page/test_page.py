@@ -13,8 +13,9 @@ import pytest
 from kvlink import page
 from kvlink.errors import ConfigError
 from kvlink.eval.rows import Outcome, Row, summarise
+from kvlink.page import plots
 from kvlink.page.story import compose
-from kvlink.receipt import Receipt
+from kvlink.receipt import STAGES, Receipt
 from kvlink.transport.api import Explanation
 
 BROWSER = next(
@@ -143,6 +144,25 @@ def test_the_waterfall_ends_where_the_answer_does():
     assert ends[-1] == pytest.approx(100, abs=0.1)
     lefts = [float(left) for left, _ in places]
     assert lefts == sorted(lefts)
+
+
+def test_the_page_knows_every_stage_that_a_receipt_can_have():
+    every = Receipt(kept_tokens=2, context_tokens=4, element_count=4096, stage_s=dict.fromkeys(STAGES, 0.01))
+    html = page.story_page(story(receipt=every))
+    for name in STAGES:
+        assert f": {name.replace('_', ' ')}</span>" in html
+
+
+def test_codecs_have_marks_of_their_own():
+    shown = {
+        "text": "text", "raw": "raw", "lossless": "raw", "int8": "int8", "int4": "int4", "int2": "int2",
+        "int3": "int2", "svd=8 raw": "svd", "transform=1": "transform", "transform=1 basis=own": "transform",
+        "q2c@0.5 transform=1": "transform", "q2c@0.5 int8": "int8",
+    }  # fmt: skip
+    marks = {recipe: plots._mark_of(summarise(recipe, [outcome(0.9, 4)]).to_dict()) for recipe in shown}
+    for recipe, kind in shown.items():
+        alike = {other for other, its in shown.items() if its == kind}
+        assert {other for other, mark in marks.items() if mark == marks[recipe]} == alike, recipe
 
 
 def test_a_text_transfer_says_that_the_text_was_sent():
