@@ -166,5 +166,9 @@ def _side(tensors: dict[str, Tensor], name: str) -> Side:
 def make_side(mean: Tensor, blocks: Sequence[Tensor], spread: Tensor) -> Side:
     """A side with its numbers as the file keeps them. `spread`: standard deviations, in steps of 1."""
     synthesis = torch.stack(list(blocks)).to(torch.float16).float()
-    codes = (4 * spread.double().clamp(min=1e-9).log2()).round().clamp(-_CODE_LIMIT, _CODE_LIMIT).long()
-    return Side(mean.to(torch.float32), synthesis, codes)
+    return Side(mean.to(torch.float32), synthesis, octave_codes(spread.double().clamp(min=1e-9)))
+
+
+def octave_codes(sizes: Tensor) -> Tensor:
+    """4 · log2 of positive sizes as whole numbers that fit into a byte, int64."""
+    return (4 * sizes.log2()).round().clamp(-_CODE_LIMIT, _CODE_LIMIT).long()

@@ -273,9 +273,9 @@ class Recipe:
             if self.selection.method != "all" and getattr(self.selection, name) != getattr(defaults, name):
                 words.append(f"{name}={getattr(self.selection, name)}")
         if self.transform is not None:
-            words.append(f"transform={2 ** (self.transform / 4):.4g}")
+            words.append(f"transform={step_of(self.transform):.4g}")
             if self.rest is not None:
-                words.append(f"rest={2 ** (self.rest / 4):.4g}")
+                words.append(f"rest={step_of(self.rest):.4g}")
             if self.basis != "auto":
                 words.append(f"basis={self.basis}")
             return " ".join([*words, f"coder={self.coder}"])
@@ -391,13 +391,18 @@ def _read_word(word: str, found: dict[str, Any], chosen: dict[str, Any]) -> None
         raise RecipeError(f"unknown word {word!r} in a recipe")
 
 
+def step_of(code: int) -> float:
+    """The step that a code stands for: codes are a quarter of an octave apart, 0 is a step of 1."""
+    return float(2 ** (code / 4))
+
+
 def _step_code(name: str, text: str) -> int:
-    """The code of the step nearest to `text`: steps are a quarter of an octave apart."""
+    """The code of the step nearest to `text`."""
     try:
         step = float(text)
     except ValueError:
         raise RecipeError(f"{name} must be a step such as 1 or 1.5, got {text!r}") from None
-    if not 2 ** (STEP_CODES[0] / 4) <= step <= 2 ** (STEP_CODES[1] / 4):
+    if not step_of(STEP_CODES[0]) <= step <= step_of(STEP_CODES[1]):
         raise RecipeError(f"{name} must be a step from 1/1024 to 1024, got {text!r}")
     return round(4 * math.log2(step))
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvlink.agent.receiver import MAX_PROFILES, Receiver
 from kvlink.agent.sender import Sender
-from kvlink.compress.transform import rotated
+from kvlink.compress.transform import rotated, unrotated
 from kvlink.errors import CodecError, ContextError, IdentityError
 from kvlink.eval.profiling import make_profile
 from kvlink.eval.questions import generated
@@ -32,7 +32,7 @@ TEXTS = [item.context for item in itertools.islice(generated(4, (6, 9)), 8)]
 
 
 def build(lm) -> Profile:
-    return build_profile(lm, TEXTS, lambda keys, places, turn: rotated(keys, places, turn, -1), lambda: None)
+    return build_profile(lm, TEXTS, unrotated, lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_every_architecture_has_a_rotation_that_leaves_keys_as_they_were_at_posi
         if cache is None:
             pytest.skip("a sliding window counts tokens, not positions")
         layer = cache.layers[0]
-        keys.append(rotated(layer.keys.double(), layer.positions, rotation(lm, 64)[0], -1))
+        keys.append(unrotated(layer.keys.double(), layer.positions, rotation(lm, 64)[0]))
     assert torch.allclose(keys[0], keys[1], atol=1e-5)
     assert torch.allclose(keys[0], keys[2], atol=1e-5)
 

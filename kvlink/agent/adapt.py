@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from kvlink.errors import RecipeError
 from kvlink.profile import Profile
-from kvlink.recipe import STEP_CODES, Quantizer, Recipe, Selection
+from kvlink.recipe import Quantizer, Recipe, Selection
 
 AUTO = "auto"
 INT8_GRADE = -12
@@ -47,11 +47,6 @@ def automatic(profile: Profile | None) -> Recipe:
 def require_transform(recipe: Recipe, what: str) -> None:
     if recipe.transform is None:
         raise RecipeError(f"{what} needs a recipe with a step: auto, or one with transform, got {recipe}")
-
-
-def steps(recipe: Recipe) -> range:
-    """Codes from the recipe's own step to the coarsest."""
-    return range(recipe.transform or 0, STEP_CODES[1] + 1)
 
 
 def finer(recipe: Recipe) -> Recipe | None:

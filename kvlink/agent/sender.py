@@ -21,14 +21,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from kvlink.agent.adapt import (
-    AUTO,
-    automatic,
-    finer,
-    require_transform,
-    steps,
-    with_quality,
-)
+from kvlink.agent.adapt import AUTO, automatic, finer, require_transform, with_quality
 from kvlink.cache import Evidence, KVCache
 from kvlink.compress.codec import decode, encode
 from kvlink.compress.lossless import pack_part
@@ -36,10 +29,9 @@ from kvlink.compress.select import choose_positions, kept_count, needs, score
 from kvlink.compress.transform import Known
 from kvlink.errors import ContextError, LimitError, RecipeError
 from kvlink.model.calibrate import rotation, units
-from kvlink.model.generate import Answer, answer, next_logits
+from kvlink.model.generate import Answer, answer, divergence, logits_along
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
 from kvlink.model.prefill import prefill, read_context, read_press, read_question
-from kvlink.model.restore import view
 from kvlink.model.template import Turn
 from kvlink.payload import EncodedSegment, Part, Prompt
 from kvlink.receipt import Certificate, Receipt
@@ -126,7 +118,7 @@ class Sender:
         cache = prefill(self.lm, ids)
         return Context(text, ids, prompt, cache, time.perf_counter() - began)
 
-    def answer(self, context: Context, question: str, **options: Any) -> Answer:
+    def answer(self, context: Context, question: str, **options: float) -> Answer:
         """What the sender itself answers, from its full cache."""
         return answer(self.lm, context.cache, question, **options)
 
@@ -138,9 +130,7 @@ class Sender:
         needed, clock = needs(selection.method), _Clock()
         if needed & {"question", "asked_window"} and not question.strip():
             raise ContextError(f"selection {selection.method} needs the question, which is empty")
-        draft = None
-        if "draft" in needed:
-            draft = answer(self.lm, context.cache, question, max_new_tokens=DRAFT_TOKENS)
+        draft = self._draft(context, question) if "draft" in needed else None
         clock.lap("draft")
         if "question" in needed:
             ids = self.lm.question_ids(question, context.cache.tokens)
@@ -156,19 +146,20 @@ class Sender:
     def explain(self, context: Context, question: str, transfer: Transfer) -> Explanation:
         """What `transfer` chose of the context, token by token, beside what the question needs.
 
-        Captures the evidence once more. Raises ContextError where the question is missing.
+        Captures evidence once more. Raises ContextError where the question is missing.
         """
         shape, receipt = context.cache.shape, transfer.receipt
         voting = Selection("q2c+draft", pool=1)
         look = self.look(context, question, voting)
         need = score(look.evidence, voting, shape)[0]
         kept = torch.ones(shape.tokens)
-        chosen = transfer.manifest.recipe.selection
         recipe = transfer.manifest.recipe
+        chosen = recipe.selection
         if recipe.mode == "kv" and chosen.method != "all" and recipe.rest is None:
             # The amount as it came out: a budget or a share of mass is a count by now.
             counted = replace(chosen, amount=Amount(receipt.kept_tokens, "count"))
-            evidence = self.look(context, question, chosen).evidence
+            same = chosen.method == voting.method
+            evidence = look.evidence if same else self.look(context, question, chosen).evidence
             sets = choose_positions(evidence, counted, shape).reshape(-1, receipt.kept_tokens)
             kept = torch.zeros(len(sets), shape.tokens).scatter_(1, sets, 1.0).mean(0)
         return Explanation(
@@ -205,7 +196,7 @@ class Sender:
             transfer = self._within_bits(context, question, recipe, look, wish.max_bits)
         else:
             transfer = self._pack(context, question, recipe, look)
-        return self._verified(context, question, transfer) if wish.verify else transfer
+        return self._verified(context, question, transfer, look) if wish.verify else transfer
 
     def recipe(self, text: str) -> Recipe:
         """The recipe that a text stands for, `auto` included. Raises RecipeError."""
@@ -239,9 +230,9 @@ class Sender:
     def _within_bits(
         self, context: Context, question: str, recipe: Recipe, look: Look, max_bits: float
     ) -> Transfer:
-        """The finest step, from the recipe's own on, whose transfer has at most `max_bits` an element."""
+        """The finest step of all whose transfer has at most `max_bits` an element."""
         require_transform(recipe, "a number of bits")
-        best, codes = None, list(steps(replace(recipe, transform=STEP_CODES[0])))
+        best, codes = None, range(STEP_CODES[0], STEP_CODES[1] + 1)
         low, high = 0, len(codes) - 1
         while low <= high:
             middle = (low + high) // 2
@@ -264,42 +255,40 @@ class Sender:
         Raises ContextError where the question is empty.
         """
         began = time.perf_counter()
-        draft = transfer.draft or answer(self.lm, context.cache, question, max_new_tokens=DRAFT_TOKENS)
+        draft = transfer.draft or self._draft(context, question)
         manifest = transfer.manifest
         segment = segment_of(transfer.frames)
         cache = decode(segment, manifest.shape, manifest.recipe, self._known(manifest.recipe, context))
-        ids = self.lm.question_ids(question, cache.tokens, len(draft.token_ids))
-        forced = [*ids, *draft.token_ids[:-1]]
-        own, found = (
-            next_logits(self.lm, view(self.lm, held), forced, cache.tokens)[len(ids) - 1 :].double()
-            for held in (context.cache, cache)
-        )
-        divergence = (own.softmax(-1) * (own.log_softmax(-1) - found.log_softmax(-1))).sum(-1).clamp(min=0)
+        own, found = (logits_along(self.lm, held, question, draft) for held in (context.cache, cache))
+        nats = divergence(own.log_softmax(-1), found.log_softmax(-1))
         return Certificate(
             agreeing_tokens=int((own.argmax(-1) == found.argmax(-1)).sum()),
             tokens=len(draft.token_ids),
-            kl_mean=float(divergence.mean()),
+            kl_mean=float(nats.mean()),
             logit_error=float((own - found).abs().max()),
             escalations=escalations,
             seconds=time.perf_counter() - began,
         )
 
-    def _verified(self, context: Context, question: str, transfer: Transfer) -> Transfer:
+    def _verified(self, context: Context, question: str, transfer: Transfer, look: Look) -> Transfer:
         """The transfer with its certificate; a finer one where it does not pass."""
-        spent = 0.0
+        began = time.perf_counter()
+        draft = look.draft or self._draft(context, question)
         for escalations in range(_ESCALATIONS + 1):
+            transfer = replace(transfer, draft=draft)
             found = self.certify(context, question, transfer, escalations)
-            spent += found.seconds
             next_recipe = finer(transfer.manifest.recipe)
             if found.passed or next_recipe is None or escalations == _ESCALATIONS:
                 break
-            began = time.perf_counter()
-            look = self.look(context, question, next_recipe.selection)
+            # A finer recipe looks at the same evidence, or at none.
             transfer = self._pack(context, question, next_recipe, look)
-            spent += time.perf_counter() - began
-        told = replace(found, seconds=spent)
-        receipt = replace(transfer.receipt.with_stages(verify=spent), certificate=told)
+        told = replace(found, seconds=time.perf_counter() - began)
+        receipt = replace(transfer.receipt.with_stages(verify=told.seconds), certificate=told)
         return replace(transfer, receipt=receipt)
+
+    def _draft(self, context: Context, question: str) -> Answer:
+        """The sender's own answer, briefly."""
+        return answer(self.lm, context.cache, question, max_new_tokens=DRAFT_TOKENS)
 
     def _resolved(self, recipe: Recipe) -> Recipe:
         """A transform's basis by name: the model's profile where there is one."""

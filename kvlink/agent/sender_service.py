@@ -94,28 +94,29 @@ class SenderService:
         if transfer_id or next_sequence:
             raise RemoteProtocolError("resuming a fetch is not in this release; fetch again from frame 0")
         context = self.store.get(context_id)
-        transfer = await asyncio.to_thread(self._pack, context, question, recipe, wish)
+        chosen = self._recipe(recipe)
+        transfer = await asyncio.to_thread(self._sender.pack, context, question, chosen, wish)
         for frame in transfer.frames:
             yield frame
 
     async def deliver_cache(self, delivery: Delivery) -> AsyncIterator[Progress]:
         """Pack, dial the receiver, compare identities, push; then say what it cost."""
         self._allow(delivery.receiver)
-        self._recipe(delivery.recipe)
+        recipe = self._recipe(delivery.recipe)
         if delivery.explain and delivery.context_id:
             raise AccessError(
                 "only who sends the text is told what was chosen of it; a handle does not show it"
             )
         async with ReceiverClient(delivery.receiver) as peer:
-            await self._compare(peer, delivery)
+            there = await self._compare(peer, recipe)
         context, prefill_s = await self._context(delivery)
         transfer = await asyncio.to_thread(
-            self._pack, context, delivery.question, delivery.recipe, delivery.wish
+            self._sender.pack, context, delivery.question, recipe, delivery.wish
         )
         sent = list(itertools.accumulate(len(frame) for frame in transfer.frames))
         total = sent[-1]
         yield Progress(0, total)
-        await self._send_profile(delivery.receiver, transfer)
+        await self._send_profile(delivery.receiver, transfer, there)
         status = PushStatus("failed", 0)
         wire_s, socket_bytes = 0.0, 0
         async for item in self._push(delivery.receiver, transfer):
@@ -160,23 +161,23 @@ class SenderService:
                 log.warning("transfer %s: %s; trying again", transfer.receipt.transfer_id, error)
                 await asyncio.sleep(self.settings.retry_pause_s * attempt)
 
-    async def _send_profile(self, address: str, transfer: Transfer) -> None:
+    async def _send_profile(self, address: str, transfer: Transfer, there: Capabilities) -> None:
         """Send the profile ahead, once, to a receiver that lacks it."""
         profile, recipe = self._sender.lm.profile, transfer.manifest.recipe
         if profile is None or recipe.transform is None or recipe.basis == "own":
             return
-        async with ReceiverClient(address) as peer:
-            if profile.digest not in (await peer.capabilities()).profiles:
+        if profile.digest not in there.profiles:
+            async with ReceiverClient(address) as peer:
                 await peer.put_profile(profile.to_bytes())
-                log.info("profile %s sent to %s", profile.digest.hex()[:12], address)
+            log.info("profile %s sent to %s", profile.digest.hex()[:12], address)
 
-    async def _compare(self, peer: ReceiverClient, delivery: Delivery) -> None:
+    async def _compare(self, peer: ReceiverClient, recipe: Recipe) -> Capabilities:
         """Identity before bytes: nothing is read or packed for a receiver that cannot use it."""
         there = await peer.capabilities()
-        mode = self._recipe(delivery.recipe).mode
-        self._sender.lm.fingerprint.require_match(there.fingerprint, mode)
-        if mode == "kv" and there.dtype != self._sender.lm.dtype:
+        self._sender.lm.fingerprint.require_match(there.fingerprint, recipe.mode)
+        if recipe.mode == "kv" and there.dtype != self._sender.lm.dtype:
             raise IdentityError(f"dtype: here {self._sender.lm.dtype}, at the peer {there.dtype}")
+        return there
 
     async def _context(self, delivery: Delivery) -> tuple[Context, float]:
         """The published context, or the text read now with the seconds that it took."""
@@ -192,9 +193,6 @@ class SenderService:
         context = await asyncio.to_thread(self._sender.read, text, turns or [])
         self._prefill_tokens_per_s = context.cache.tokens / max(context.prefill_s, 1e-9)
         return context
-
-    def _pack(self, context: Context, question: str, recipe: str, wish: Wish) -> Transfer:
-        return self._sender.pack(context, question, self._recipe(recipe), wish)
 
     def _recipe(self, text: str) -> Recipe:
         """The caller's recipe or the default one. Raises RecipeError, AccessError."""
@@ -213,4 +211,4 @@ class SenderService:
 
 def _counted(before: SocketCount | None, after: SocketCount | None) -> int:
     """Bytes that the kernel saw acknowledged for one transfer; 0 where it cannot be told."""
-    return after.bytes_acked - before.bytes_acked if before and after else 0
+    return after.since(before).bytes_acked if before and after else 0

@@ -122,10 +122,10 @@ def require_report(file: Path | None) -> None:
 
 def write_story(file: Path, story: dict[str, Any]) -> None:
     from kvlink import page
-    from kvlink.page.story import compose
+    from kvlink.page.story import Story
 
     try:
-        file.write_text(page.story_page(compose(**story)), encoding="utf-8")
+        file.write_text(page.story_page(Story(**story)), encoding="utf-8")
     except OSError as error:
         raise errors.ConfigError(f"cannot write the report {file}: {error.strerror}") from error
 

@@ -77,12 +77,12 @@ def evaluate(
             report = study.evaluate(asked, runs, out, _Bar(bar), fresh=fresh)
     if not report.rows:
         raise errors.ContextError(f"the table {table} has no rows: nothing of it could be measured here")
-    written = study.write_files(report, out)
-    page = _write_page(report.to_dict(), out / f"{table}.html")
+    written, told = study.write_files(report, out), report.to_dict()
+    page = _write_page(told, out / f"{table}.html")
     if as_json:
-        print_json(report.to_dict())
+        print_json(told)
         return
-    print_eval(console(), report.to_dict())
+    print_eval(console(), told)
     names = ", ".join(str(file) for file in (*written, *([page] if page else ())))
     console().print(f"written: {names}", highlight=False, markup=False)
     if page is None:

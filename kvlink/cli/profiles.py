@@ -92,6 +92,7 @@ def _parse(data: bytes) -> Any:
 
 
 def _tell(profile: Any, size: int, as_json: bool) -> None:
+    from kvlink.recipe import step_of
     from kvlink.show import print_json
 
     told = {
@@ -101,7 +102,7 @@ def _tell(profile: Any, size: int, as_json: bool) -> None:
         "channels": profile.keys[0].mean.numel(),
         "weights": profile.fingerprint.weights.hex(),
         **profile.about,
-        "quality": {f"{2 ** (code / 4):.3g}": share for code, share in profile.quality},
+        "quality": {f"{step_of(code):.3g}": share for code, share in profile.quality},
     }
     if as_json:
         print_json(told)

@@ -21,10 +21,8 @@ from torch import Tensor
 from kvlink.compress import rans
 from kvlink.errors import CodecError, RecipeError
 from kvlink.payload import EncodedTensor, Part
-from kvlink.profile import Profile, Side
+from kvlink.profile import Profile, Side, octave_codes
 from kvlink.recipe import Recipe
-
-_CODE_LIMIT = 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ def encode_side(
     if not bool(plain.isfinite().all()):
         raise CodecError("a number is not finite: only raw and lossless carry it")
     if side == "keys":
-        plain = rotated(plain, positions, known.rotation[layer], -1)
+        plain = unrotated(plain, positions, known.rotation[layer])
     shared = known.side(recipe, layer, side)
     if shared is not None:
         blocks = len(shared.synthesis)
@@ -73,7 +71,7 @@ def encode_side(
     mean, width = _mean(rows)
     units = _channel_units(rows - mean, known.units[layer][side == "values"], side)
     found = (rows - mean) / _from_code(units).reshape(len(rows), 1, -1)
-    spread = _clamped(4 * found.square().mean(1).sqrt().clamp(min=1e-9).log2()).reshape(-1)
+    spread = octave_codes(found.square().mean(1).sqrt().clamp(min=1e-9)).reshape(-1)
     header = mean.reshape(-1).to(torch.float16 if width == 2 else torch.float32).numpy().tobytes()
     header += units.to(torch.int8).numpy().tobytes() + spread.to(torch.int8).numpy().tobytes()
     found = found / _from_code(codes)[None, :, None]
@@ -100,25 +98,29 @@ def decode_side(
         rows = found * _from_code(units).reshape(heads, 1, size) + mean.reshape(heads, 1, size)
     plain = rows.transpose(0, 1).reshape(kept, heads, size).transpose(0, 1)
     if tensor.side == "keys":
-        plain = rotated(plain, positions, known.rotation[tensor.layer], 1)
+        plain = rotated(plain, positions, known.rotation[tensor.layer])
     return plain.to(dtype).contiguous()
 
 
-def rotated(tensor: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor], way: int) -> Tensor:
-    """`[H, K, D]` float64 with the rotation of its positions put on (way 1) or taken off (−1).
-
-    Channels beyond the rotated ones stay. A scaling of the rotation (YaRN) is undone with it.
-    """
+def rotated(tensor: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """`[H, K, D]` float64 with the rotation of its positions put on. Channels beyond it stay."""
     cosine, sine = (part.double()[positions] for part in rotation)
+    return _turned(tensor, cosine, sine)
+
+
+def unrotated(tensor: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Undo `rotated`, a scaling of the rotation (YaRN) with it."""
+    cosine, sine = (part.double()[positions] for part in rotation)
+    out = _turned(tensor, cosine, -sine)
+    out[..., : cosine.shape[-1]] /= cosine.square() + sine.square()
+    return out
+
+
+def _turned(tensor: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     size = cosine.shape[-1]
     turned, rest = tensor[..., :size], tensor[..., size:]
     first, second = turned.chunk(2, -1)
-    if way > 0:
-        out = turned * cosine + torch.cat((-second, first), -1) * sine
-    else:
-        scale = cosine.square() + sine.square()
-        out = (turned * cosine - torch.cat((-second, first), -1) * sine) / scale
-    return torch.cat((out, rest), -1)
+    return torch.cat((turned * cosine + torch.cat((-second, first), -1) * sine, rest), -1)
 
 
 def _blocked(tensor: Tensor, blocks: int) -> Tensor:
@@ -139,12 +141,7 @@ def _channel_units(centred: Tensor, tolerated: Tensor, side: str) -> Tensor:
     tolerated = tolerated.reshape(len(centred), 1, -1)
     if side == "values":
         tolerated = tolerated * (centred / tolerated).square().mean().sqrt().clamp(min=1e-9)
-    return _clamped(4 * tolerated.reshape(-1).log2())
-
-
-def _clamped(codes: Tensor) -> Tensor:
-    """Whole numbers that fit into a byte."""
-    return codes.round().long().clamp(-_CODE_LIMIT, _CODE_LIMIT)
+    return octave_codes(tolerated.reshape(-1))
 
 
 def _from_code(codes: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kvlink.compress.transform import rotated
+from kvlink.compress.transform import unrotated
 from kvlink.errors import UnsupportedCacheError
 from kvlink.eval.questions import generated
 from kvlink.model.calibrate import build_profile
@@ -37,8 +37,7 @@ def biased(lm: LanguageModel) -> LanguageModel:
     Raises UnsupportedCacheError where the model has no key projection with a bias.
     """
     model = copy.deepcopy(lm.model)
-    twin = wrap(f"{lm.name}+biased", model, lm.tokenizer)
-    layers = sorted(attention_layers(twin), key=lambda module: module.layer_idx)
+    layers = attention_layers(model)
     with torch.no_grad():
         for module in (layers[0], layers[-1]):
             _add(module)
@@ -46,7 +45,7 @@ def biased(lm: LanguageModel) -> LanguageModel:
     if lm.profile is None:
         return twin
     texts = [item.context for item in itertools.islice(generated(_PROFILE_SEED), _PROFILE_TEXTS)]
-    profile = build_profile(twin, texts, lambda keys, at, turn: rotated(keys, at, turn, -1), lambda: None)
+    profile = build_profile(twin, texts, unrotated, lambda: None)
     return replace(twin, profile=profile)
 
 
@@ -56,6 +55,6 @@ def _add(module: Any) -> None:
         raise UnsupportedCacheError("the biased variant needs a model whose k_proj has a bias, such as Qwen2")
     rows = bias.view(-1, module.head_dim)
     half = module.head_dim // 2
-    signs = torch.tensor([1.0, -1.0] * PAIRS)[: 2 * PAIRS].to(bias)
-    rows[:, half - PAIRS : half] += SIZE * signs[:PAIRS]
-    rows[:, -PAIRS:] += SIZE * signs[PAIRS:]
+    constants = SIZE * torch.tensor([1.0, -1.0] * (PAIRS // 2)).to(bias)
+    rows[:, half - PAIRS : half] += constants
+    rows[:, -PAIRS:] += constants

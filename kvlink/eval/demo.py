@@ -44,7 +44,7 @@ class Report:
     failures: list[str] = field(default_factory=list)
     examples: list[dict[str, Any]] = field(default_factory=list)
     story: dict[str, Any] = field(default_factory=dict)
-    """What `page.story.compose` takes, of one more transfer of the first question."""
+    """The fields of a `page.story.Story`, of one more transfer of the first question."""
 
     def to_dict(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "story"}

@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
@@ -48,6 +49,7 @@ class Link:
     seed: int = 0
 
 
+@cache
 def why_not() -> str:
     """What this machine lacks for a line of its own; empty where it lacks nothing."""
     if not sys.platform.startswith("linux"):

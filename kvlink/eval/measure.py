@@ -26,9 +26,8 @@ from kvlink.eval.questions import Item, Query, Shift
 from kvlink.eval.rows import Outcome
 from kvlink.eval.score import exact_match, f1
 from kvlink.eval.tables import SPECTRUM_SHARE, Case
-from kvlink.model.generate import Answer, next_logits
+from kvlink.model.generate import Answer, answer, divergence, logits_along
 from kvlink.model.loading import LanguageModel
-from kvlink.model.restore import view
 from kvlink.recipe import Recipe
 
 _CLEAR_MARGIN = 0.5
@@ -114,25 +113,22 @@ class Bench:
             room.references[shift] = _Reference(query, own, log_probs)
         return room.references[shift]
 
-    def _along(self, cache: KVCache, question: str, answer: Answer, visible: Tensor | None = None) -> Tensor:
-        """Log-probabilities `[A, V]` float64 of the tokens of `answer`, each after the ones before it."""
-        ids = self.lm.question_ids(question, cache.tokens, len(answer.token_ids))
-        forced = [*ids, *answer.token_ids[:-1]]
-        logits = next_logits(self.lm, view(self.lm, cache), forced, cache.tokens, visible)
-        return logits[len(ids) - 1 :].double().log_softmax(-1)
+    def _along(self, cache: KVCache, question: str, own: Answer, visible: Tensor | None = None) -> Tensor:
+        """Log-probabilities `[A, V]` float64 along an answer."""
+        return logits_along(self.lm, cache, question, own, visible).log_softmax(-1)
 
     def _answered(self, room: _Room, case: Case, recipe: Recipe, transfer: Transfer, held: Held) -> Outcome:
         own = self._reference(room, case.shift)
         began = time.perf_counter()
         log_probs = self._along(held.cache, own.query.question, own.answer)
-        answer, first_s = own.answer, time.perf_counter() - began
+        told, first_s = own.answer, time.perf_counter() - began
         if not _follows(log_probs, own.answer):
-            answer = self._receiver.answer(held, own.query.question)
-            first_s = answer.first_token_s
+            told = self._receiver.answer(held, own.query.question)
+            first_s = told.first_token_s
         receipt = transfer.receipt
         stages = [*receipt.stage_s.values(), *held.receipt.stage_s.values(), first_s]
         return replace(
-            self._judge(room, own, answer, log_probs),
+            self._judge(room, own, told, log_probs),
             wire_bytes=receipt.wire_bytes,
             bits_per_element=receipt.bits_per_element,
             ttft_s=sum(stages),
@@ -140,24 +136,24 @@ class Bench:
             more=_energy(room.context.cache, held.cache) if recipe.rank else {},
         )
 
-    def _judge(self, room: _Room, own: _Reference, answer: Answer, log_probs: Tensor) -> Outcome:
+    def _judge(self, room: _Room, own: _Reference, told: Answer, log_probs: Tensor) -> Outcome:
         """Scores and divergence of an answer; what travelled is filled in by the caller."""
         golds, rules = own.query.answers, room.item.rules
-        divergence = (own.log_probs.exp() * (own.log_probs - log_probs)).sum(-1).clamp(min=0)
+        nats = divergence(own.log_probs, log_probs)
         return Outcome(
-            answer=answer.text,
+            answer=told.text,
             own_answer=own.answer.text,
-            f1=f1(answer.text, golds, rules),
+            f1=f1(told.text, golds, rules),
             f1_full=f1(own.answer.text, golds, rules),
-            em=exact_match(answer.text, golds, rules),
-            agrees=answer.text == own.answer.text,
+            em=exact_match(told.text, golds, rules),
+            agrees=told.text == own.answer.text,
             wire_bytes=0,
             bits_per_element=0.0,
             ttft_s=0.0,
             context_tokens=room.context.cache.tokens,
             kept_tokens=room.context.cache.tokens,
-            kl=float(divergence.mean()),
-            kl_most=float(divergence.max()),
+            kl=float(nats.mean()),
+            kl_most=float(nats.max()),
         )
 
     def _masked(self, room: _Room, recipe: Recipe, case: Case) -> Outcome:
@@ -172,14 +168,14 @@ class Bench:
         visible[kept] = True
         shown = _zeroed(cache, visible) if case.zeroed else cache
         question = own.query.question
-        answer = self._sender.answer(_with_cache(room.context, shown), question, visible=visible)
+        told = answer(self.lm, shown, question, visible=visible)
         log_probs = self._along(shown, question, own.answer, visible)
         if case.zeroed:
             other = self._along(cache, question, own.answer, visible)
         else:
             other = self._along(cache.select(kept), question, own.answer)
         error = float((log_probs - other).abs().max())
-        outcome = self._judge(room, own, answer, log_probs)
+        outcome = self._judge(room, own, told, log_probs)
         return replace(outcome, kept_tokens=len(kept), more={"logit_error": error})
 
     def _spectrum(self, room: _Room) -> Outcome:
@@ -195,20 +191,15 @@ class Bench:
         return replace(self._judge(room, own, own.answer, own.log_probs), more=shares)
 
 
-def _follows(log_probs: Tensor, answer: Answer) -> bool:
-    """Whether greedy generation gives `answer`, told from one pass along it.
+def _follows(log_probs: Tensor, own: Answer) -> bool:
+    """Whether greedy generation gives `own`, told from one pass along it.
 
     Each of its tokens must be the likeliest after the ones before, by more than the last bits of a
     cache's dtype can move: then a token at a time gives the same. Otherwise nothing is said.
     """
     best = log_probs.topk(2, -1)
     margin = (best.values[:, 0] - best.values[:, 1]).min()
-    return best.indices[:, 0].tolist() == list(answer.token_ids) and float(margin) > _CLEAR_MARGIN
-
-
-def _with_cache(context: Context, cache: KVCache) -> Context:
-    """The same context with another cache."""
-    return Context(context.text, context.ids, context.prompt, cache, context.prefill_s)
+    return best.indices[:, 0].tolist() == list(own.token_ids) and float(margin) > _CLEAR_MARGIN
 
 
 def _zeroed(cache: KVCache, visible: Tensor) -> KVCache:

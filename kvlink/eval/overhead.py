@@ -32,6 +32,7 @@ from kvlink.recipe import Recipe
 from kvlink.transport.client import ReceiverClient
 from kvlink.transport.server import Server
 from kvlink.transport.sockets import SocketCount
+from kvlink.wire.messages import recipe_to_proto
 
 RETENTIONS = (1.0, 0.5, 0.25)
 CONTEXT_TOKENS = (128, 512, 1024)
@@ -174,7 +175,7 @@ def _fits(lm: LanguageModel, text: str, tokens: int) -> bool:
 
 
 def _constants(lm: LanguageModel, sender: Sender, context: Context, recipe: Recipe) -> Constants:
-    """The two figures that the formulas do not derive, from one small transfer."""
+    """The figures that the formulas do not derive, from one small transfer."""
     small = sender.pack(context, "", recipe)
     found = asyncio.run(_push_all(lm, [small], lambda: None))
     manifest = len(small.frames[0]) - varint(context.cache.tokens)
@@ -227,8 +228,6 @@ def measure(
 
 def _manifest_names(recipe: Recipe, first: Recipe, known: Constants) -> Constants:
     """The manifest's constant with this recipe's own words and numbers in it."""
-    from kvlink.wire.messages import recipe_to_proto  # the recipe's part of the manifest
-
     more = nested(recipe_to_proto(recipe).ByteSize()) - nested(recipe_to_proto(first).ByteSize())
     return replace(known, manifest_bytes=known.manifest_bytes + more)
 
@@ -327,7 +326,6 @@ async def _push_over(task: dict[str, Any]) -> dict[str, Any]:
     lm = load(task["model"], dtype=task["dtype"])
     sender = Sender(lm)
     context = cut_context(sender, task["text"], min(CONTEXT_TOKENS[-1], lm.window - 64))
-    transfer = sender.pack(context, task["question"], "raw")
     link = line.Link(**task["link"])
     pinned = _pin_congestion()
     found: list[SocketCount] = []
@@ -335,9 +333,9 @@ async def _push_over(task: dict[str, Any]) -> dict[str, Any]:
         server = Server(f"{line.HERE}:0", receiver=ReceiverService(Receiver(lm)), insecure=True)
         port = held.port = await server.start()
         for _ in range(LOSS_REPEATS):
-            again = sender.pack(context, task["question"], "raw")  # a transfer is taken once
+            transfer = sender.pack(context, task["question"], "raw")  # each is taken once
             async with ReceiverClient(f"{line.THERE}:{port}") as receiver:
-                done = await push(receiver, again)
+                done = await push(receiver, transfer)
             if done is not None:
                 found.append(done.count)
         await server.stop(0)

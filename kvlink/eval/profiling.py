@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from kvlink.compress.transform import rotated
+from kvlink.compress.transform import unrotated
 from kvlink.eval.measure import Bench
 from kvlink.eval.questions import Item
 from kvlink.eval.tables import Case
 from kvlink.model.calibrate import build_profile
 from kvlink.model.loading import LanguageModel
 from kvlink.profile import Profile
+from kvlink.recipe import step_of
 
 CODES = range(-8, 9)
 """Steps whose quality is measured: 1/4 to 4, a quarter of an octave apart."""
@@ -33,13 +33,10 @@ def make_profile(
     is, letter for letter, the sender's own; paraphrases count beside the questions.
     """
 
-    def unrotate(keys: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        return rotated(keys, positions, rotation, -1)
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums and eigenvectors hang, in their last bits, on how many add them up
     try:
-        return _make(lm, build_profile(lm, texts, unrotate, on_step), held_out, on_step)
+        return _make(lm, build_profile(lm, texts, unrotated, on_step), held_out, on_step)
     finally:
         torch.set_num_threads(threads)
 
@@ -49,13 +46,14 @@ def _make(
 ) -> Profile:
     """The profile with what each step keeps on the questions that it has not seen."""
     bench = Bench(replace(lm, profile=profile))
-    cases = [
-        Case(f"transform={2 ** (code / 4)}", shift) for code in CODES for shift in ("same", "paraphrase")
-    ]  # fmt: skip
-    kept: dict[str, list[bool]] = {}
+    recipes = {code: f"transform={step_of(code)}" for code in CODES}
+    kept: dict[str, list[bool]] = {recipe: [] for recipe in recipes.values()}
+    cases = [Case(recipe, shift) for recipe in kept for shift in ("same", "paraphrase")]
     for item in held_out:
-        for key, outcome in bench.measure(item, cases)["outcomes"].items():
-            kept.setdefault(key.split(" | ")[1], []).append(outcome["agrees"])
+        outcomes = bench.measure(item, cases)["outcomes"]
+        for case in cases:
+            if case.key in outcomes:  # not every question has a paraphrase
+                kept[case.recipe].append(outcomes[case.key]["agrees"])
         on_step()
-    shares = [(code, kept.get(f"transform={2 ** (code / 4)}", [])) for code in CODES]
+    shares = ((code, kept[recipe]) for code, recipe in recipes.items())
     return replace(profile, quality=tuple((code, sum(found) / len(found)) for code, found in shares if found))

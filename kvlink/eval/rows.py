@@ -89,7 +89,8 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Flat: the figures of one table stand beside the others."""
         data = asdict(self)
-        return {**data, **data.pop("more")}
+        more = data.pop("more")
+        return {**data, **more}
 
 
 def summarise(recipe: str, found: Sequence[Outcome], *, shift: str = "same", **known: Any) -> Row:

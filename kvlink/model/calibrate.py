@@ -20,10 +20,12 @@ from kvlink._release import RELEASE
 from kvlink.errors import ContextError, UnsupportedCacheError
 from kvlink.model.loading import LanguageModel
 from kvlink.model.prefill import attention_layers, prefill
+from kvlink.model.restore import cache_shape
 from kvlink.profile import Profile, Side, make_side
 
 KEY_STEP = 4.0
-"""Step of 1 of the keys, in standard deviations of √12 · logits; measured, see docs/codec.md."""
+"""How much coarser keys are than logits: rounding to a step of 1 moves a logit by KEY_STEP / √12. Tuned on
+the embedded model, where keys bear about four times the step of values."""
 
 SINKS = 4
 """First positions that statistics leave out: models park attention there, and they are unlike others."""
@@ -59,7 +61,7 @@ def units(lm: LanguageModel) -> tuple[tuple[Tensor, Tensor], ...]:
     Keys: KEY_STEP ÷ the expected size of the queries on the channel's rotary pair. Values: 1 ÷ the
     norm of the output projection's column. Where a model's projections are not found, all ones.
     """
-    layers = sorted(attention_layers(lm), key=lambda module: module.layer_idx)
+    layers = attention_layers(lm.model)
     shape = _Shape.of(lm)
     out = []
     for module in layers:
@@ -80,10 +82,9 @@ class _Shape:
 
     @classmethod
     def of(cls, lm: LanguageModel) -> _Shape:
-        config = lm.model.config.get_text_config(decoder=True)
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(heads, getattr(config, "num_key_value_heads", None) or heads, size)
+        known = cache_shape(lm, 1)
+        heads = lm.model.config.get_text_config(decoder=True).num_attention_heads
+        return cls(heads, known.kv_heads, known.head_size)
 
     def logit_scale(self, module: Any) -> float:
         """√D times the layer's own scaling of logits: 1 for nearly all models."""
@@ -101,7 +102,7 @@ def _query_sizes(lm: LanguageModel, module: Any, shape: _Shape) -> Tensor:
         gain = _input_gain(lm, module, weight.shape[1])
         bias = getattr(getattr(module, "q_proj", None), "bias", None)
         square = (weight * gain).square().sum(1)
-        square = square if bias is None else square + bias.detach().cpu().double().square()
+        square = square if bias is None else square + _plain(bias).square()
         rows = square.sqrt().reshape(shape.heads, shape.size)
     return _paired(rows.reshape(shape.kv_heads, -1, shape.size).square().mean(1)).sqrt()
 
@@ -188,7 +189,7 @@ def build_profile(
     if not texts:
         raise ContextError("a profile needs texts to be made from, got none")
     shape = _Shape.of(lm)
-    layers = sorted(attention_layers(lm), key=lambda module: module.layer_idx)
+    layers = attention_layers(lm.model)
     sums = [(_Sums(), _Sums()) for _ in layers]
     tokens = 0
     for text in texts:
@@ -222,10 +223,9 @@ def _fit(sums: _Sums, tolerance: Tensor) -> Side:
         metric = torch.block_diag(*tolerance[block * per : (block + 1) * per])
         part = slice(block * size, (block + 1) * size)
         covariance = sums.covariance[part, part]
-        found, vectors = torch.linalg.eigh(metric @ covariance @ metric.T)
-        vectors = (
-            vectors * vectors[vectors.abs().argmax(0), torch.arange(size)].sign()
-        )  # signs are free: fix them
+        vectors = torch.linalg.eigh(metric @ covariance @ metric.T).eigenvectors
+        # The signs of eigenvectors are free: the largest entry of each is made positive.
+        vectors = vectors * vectors[vectors.abs().argmax(0), torch.arange(size)].sign()
         synthesis = (torch.linalg.solve(metric, vectors)).to(torch.float16).float()
         analysis = torch.linalg.inv(synthesis.double())
         bases.append(synthesis)

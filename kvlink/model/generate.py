@@ -98,6 +98,23 @@ def answer(lm: LanguageModel, cache: KVCache, question: str, **options: Any) -> 
     )
 
 
+def logits_along(
+    lm: LanguageModel, cache: KVCache, question: str, answer: Answer, visible: Tensor | None = None
+) -> Tensor:
+    """Logits `[A, V]` float64 from which each token of `answer` is chosen, each after the ones before it.
+
+    Read in one pass. `visible`: see `generate`. Raises ContextError where the window is too small.
+    """
+    ids = lm.question_ids(question, cache.tokens, len(answer.token_ids))
+    forced = [*ids, *answer.token_ids[:-1]]
+    return next_logits(lm, view(lm, cache), forced, cache.tokens, visible)[len(ids) - 1 :].double()
+
+
+def divergence(own: Tensor, other: Tensor) -> Tensor:
+    """KL(own ‖ other) in nats of each token's distribution `[A]`, from log-probabilities `[A, V]`."""
+    return (own.exp() * (own - other)).sum(-1).clamp(min=0)
+
+
 @torch.inference_mode()
 def next_logits(
     lm: LanguageModel, state: object, ids: Sequence[int], position: int, visible: Tensor | None = None

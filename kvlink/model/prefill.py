@@ -138,7 +138,7 @@ def read_press(lm: LanguageModel, ids: Sequence[int], name: str, dropped: float 
     with lm.lock:
         if hasattr(press, "post_init_from_model"):
             press.post_init_from_model(lm.model)
-        layers = attention_layers(lm)
+        layers = attention_layers(lm.model)
         handles = [m.register_forward_hook(hook, with_kwargs=True) for m in layers]
         # Presses find the rotary embedding at each layer, where kvpress puts it.
         rotary = getattr(lm.model.model, "rotary_emb", None) if hasattr(lm.model, "model") else None
@@ -174,10 +174,10 @@ def _make_press(name: str) -> Any:
         raise ConfigError(f"kvpress {name} cannot be made without arguments: {error!r}") from error
 
 
-def attention_layers(lm: LanguageModel) -> list[Any]:
-    return [
-        m for m in lm.model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")
-    ]
+def attention_layers(model: Any) -> list[Any]:
+    """The attention modules of a transformers model, in the order of its layers."""
+    found = (m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx"))
+    return sorted(found, key=lambda module: module.layer_idx)
 
 
 def new_cache(lm: LanguageModel) -> Any:
@@ -246,7 +246,7 @@ def _captured(lm: LanguageModel) -> Iterator[_Seen]:
         lm.model.set_attn_implementation("eager")
     except ValueError as error:
         raise ModelError(f"{lm.name}: eager attention is not available: {error}") from error
-    handles = [module.register_forward_hook(hook) for module in attention_layers(lm)]
+    handles = [module.register_forward_hook(hook) for module in attention_layers(lm.model)]
     try:
         yield seen
     finally:

@@ -8,9 +8,12 @@ Does not know: models, transfers, how anything was measured. Place on the path: 
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvlink.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvlink.page.story import Story
 
 
 def available() -> bool:
@@ -32,8 +35,8 @@ def tables_page(report: dict[str, Any]) -> str:
     return render(report)
 
 
-def story_page(story: dict[str, Any]) -> str:
-    """The page of one transfer; see `page.story` for what `story` holds."""
+def story_page(story: Story) -> str:
+    """The page of one transfer."""
     require()
     from kvlink.page.story import render
 

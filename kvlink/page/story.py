@@ -6,6 +6,7 @@ Does not know: how a transfer is made. Place on the path: the face of `ask --rep
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from kvlink.page.frame import fill
@@ -30,37 +31,35 @@ _STAGES = {
 _FULL_SHADE = 0.85
 
 
-def compose(
-    *, question: str, answer: str, sender_answer: str, text: str, receipt: Receipt, told: Explanation,
-    reads_tokens_per_s: float = 0.0,
-) -> dict[str, Any]:  # fmt: skip
-    """What `render` shows, from what a delivery and its answer said. `text`: the context."""
-    return {
-        "question": question,
-        "answer": answer,
-        "sender_answer": sender_answer,
-        "text_bytes": len(text.encode()),
-        "receipt": receipt,
-        "told": told,
-        "reads_tokens_per_s": reads_tokens_per_s,
-    }
+@dataclass(frozen=True, slots=True)
+class Story:
+    """What a delivery and its answer said. `text`: the context. `reads_tokens_per_s`: the receiver's
+    own speed, 0 where it has read nothing yet."""
+
+    question: str
+    answer: str
+    sender_answer: str
+    text: str
+    receipt: Receipt
+    told: Explanation
+    reads_tokens_per_s: float = 0.0
 
 
-def render(story: dict[str, Any]) -> str:
-    """HTML of a story that `compose` made."""
-    receipt: Receipt = story["receipt"]
-    told: Explanation = story["told"]
+def render(story: Story) -> str:
+    """HTML of a story."""
+    receipt, told = story.receipt, story.told
     kinds = [(kind, receipt.bytes[kind]) for kind in BYTE_KINDS if receipt.bytes.get(kind)]
     return fill(
         "story.html",
         title="What was handed over",
         story=story,
         receipt=receipt,
+        text_bytes=len(story.text.encode()),
         tokens=_tokens(told),
         sent=sum(1 for share in told.kept if share > 0),
         stages=_waterfall(receipt),
         kinds=[(kind, count, 100 * count / max(1, receipt.wire_bytes)) for kind, count in kinds],
-        verdict=_verdict(story, receipt),
+        verdict=_verdict(story),
     )
 
 
@@ -96,14 +95,17 @@ def _waterfall(receipt: Receipt) -> list[dict[str, Any]]:
     return out
 
 
-def _verdict(story: dict[str, Any], receipt: Receipt) -> str:
+def _verdict(story: Story) -> str:
     """Whether the text would have been the better choice, and on which links."""
+    receipt = story.receipt
     if not receipt.kept_tokens:
         return "The text itself was sent: the receiver read it."
     read_s = receipt.stage_s.get("prefill", 0.0)
-    if story["reads_tokens_per_s"]:
-        read_s = receipt.context_tokens / story["reads_tokens_per_s"]
-    found = break_even(receipt.wire_bytes, story["text_bytes"], read_s, receipt.stage_s.get("decode", 0.0))
+    if story.reads_tokens_per_s:
+        read_s = receipt.context_tokens / story.reads_tokens_per_s
+    found = break_even(
+        receipt.wire_bytes, len(story.text.encode()), read_s, receipt.stage_s.get("decode", 0.0)
+    )
     if found.rate_bps is None:
         return f"The text would have been the better choice on any link: {found.reason}."
     return f"The cache is usable before the text is read above {found.rate_bps / 1e6:,.1f} Mbit/s: {found.reason}."

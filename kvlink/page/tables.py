@@ -51,7 +51,8 @@ def _table(name: str, rows: plots.Rows) -> dict[str, Any]:
         for column in dict.fromkeys(key for row in chosen for key in row)
         if column not in _LEFT_OUT and any(row.get(column) not in (None, "") for row in chosen)
     ]
-    columns.insert(0, "recipe") if "recipe" not in columns else None
+    if "recipe" not in columns:
+        columns.insert(0, "recipe")
     cells = [[_cell(row.get(column)) for column in columns] for row in chosen]
     return {"name": name, "columns": [column.replace("_", " ") for column in columns], "rows": cells}
 

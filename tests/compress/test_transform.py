@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvlink.cache import KVCache, LayerCache, full_positions
 from kvlink.compress.codec import decode, encode
-from kvlink.compress.transform import Known, rotated
+from kvlink.compress.transform import Known, rotated, unrotated
 from kvlink.errors import CodecError, RecipeError
 from kvlink.payload import Fingerprint
 from kvlink.profile import Profile, make_side
@@ -67,7 +67,7 @@ def test_without_a_profile_an_error_is_at_most_half_a_step(step):
     full, what = cache(), known(40, 2, 8, 2)
     back = there_and_back(full, Recipe.parse(f"transform={step} basis=own"), what)
     for layer, found in zip(full.layers, back.layers, strict=True):
-        error = rotated(layer.keys.double() - found.keys.double(), layer.positions, what.rotation[0], -1)
+        error = unrotated(layer.keys.double() - found.keys.double(), layer.positions, what.rotation[0])
         assert error.abs().max() <= step / 2 * 1.0001 + 1e-5, "of keys without their rotation"
         relative = (layer.values - found.values).abs().max() / layer.values.std()
         assert relative <= step / 2 * 1.2, "of values, relative to their size"
@@ -91,14 +91,12 @@ def test_a_rotation_comes_off_and_goes_on_again():
     keys = torch.randn(2, 30, 8, dtype=torch.float64)
     places = full_positions(2, 30)
     (turn,) = turns(30, 6, 1)
-    assert torch.allclose(rotated(rotated(keys, places, turn, -1), places, turn, 1), keys)
-    assert torch.equal(rotated(keys, places, turn, -1)[..., 6:], keys[..., 6:]), (
+    assert torch.allclose(rotated(unrotated(keys, places, turn), places, turn), keys)
+    assert torch.equal(unrotated(keys, places, turn)[..., 6:], keys[..., 6:]), (
         "channels beyond the rotated ones stay"
     )
     scaled = (1.3 * turn[0], 1.3 * turn[1])
-    assert torch.allclose(rotated(rotated(keys, places, scaled, 1), places, scaled, -1), keys), (
-        "a scaling too"
-    )
+    assert torch.allclose(unrotated(rotated(keys, places, scaled), places, scaled), keys), "a scaling too"
 
 
 def test_kept_positions_keep_their_own_rotation():

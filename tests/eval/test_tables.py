@@ -90,6 +90,7 @@ def test_a_row_has_every_field_by_its_name():
         "after",
     )
     assert row["sees"] == "context and question"
+    assert "more" not in row, "figures of one table stand beside the others"
     assert row["seed"] == 3
 
 

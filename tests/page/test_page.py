@@ -14,7 +14,7 @@ from kvlink import page
 from kvlink.errors import ConfigError
 from kvlink.eval.rows import Outcome, Row, summarise
 from kvlink.page import plots
-from kvlink.page.story import compose
+from kvlink.page.story import Story
 from kvlink.receipt import STAGES, Receipt
 from kvlink.transport.api import Explanation
 
@@ -46,7 +46,7 @@ def report() -> dict:
     return {"table": "all", "rows": [row.to_dict() for row in rows], "runs": [run], "notes": [HOSTILE]}
 
 
-def story(**more) -> dict:
+def story(**more) -> Story:
     told = {
         "question": HOSTILE, "answer": "cello", "sender_answer": "cello", "text": "Rom plays the cello.",
         "receipt": Receipt(
@@ -59,7 +59,7 @@ def story(**more) -> dict:
         "told": Explanation(("Rom", " plays", HOSTILE, " cello"), (0.1, 0.0, 0.2, 0.7), (1.0, 0.0, 0.5, 1.0)),
         "reads_tokens_per_s": 500.0,
     }  # fmt: skip
-    return compose(**{**told, **more})
+    return Story(**{**told, **more})
 
 
 class Reader(HTMLParser):
