@@ -2,10 +2,10 @@
 
 kvpress needs an older transformers than kvlink's agents, so it has an environment of its own:
 
-    python -m venv /tmp/kvpress
-    /tmp/kvpress/bin/pip install "torch==2.13.0" "kvpress==0.5.5"
-    /tmp/kvpress/bin/pip install blake3 safetensors rich zstandard grpcio grpcio-status grpcio-health-checking protobuf
-    PYTHONPATH=. /tmp/kvpress/bin/python benchmarks/kvpress_scores.py
+    python -m venv kvpress-env
+    kvpress-env/bin/pip install "torch==2.13.0" "kvpress==0.5.5"
+    kvpress-env/bin/pip install blake3 safetensors rich zstandard grpcio grpcio-status grpcio-health-checking protobuf
+    PYTHONPATH=. kvpress-env/bin/python benchmarks/kvpress_scores.py
 
 For each class: a random Qwen2 model prefills 200 tokens, once under the press itself, which cuts its cache to a
 half, and once under kvlink with `press:NAME@0.5 scope=head sinks=0 recent=0`. The kept positions must be the
