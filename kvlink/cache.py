@@ -75,6 +75,13 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(x.keys.nbytes + x.values.nbytes + x.positions.nbytes for x in self.layers)
 
+    def wipe(self) -> None:
+        """Zero keys and values in place. Whoever shares these tensors loses them too."""
+        with torch.inference_mode():
+            for layer in self.layers:
+                layer.keys.zero_()
+                layer.values.zero_()
+
     def select(self, positions: Tensor) -> KVCache:
         """The cache at `positions`: `[K]` for all heads, or `[L, Hkv, K]`; ascending, int64.
 

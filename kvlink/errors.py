@@ -15,9 +15,11 @@
     ├── ProtocolError
     │   ├── LocalProtocolError   this side tried something that the session does not allow
     │   └── RemoteProtocolError  the peer did
-    ├── LimitError            larger than a limit that was set
+    ├── LimitError            larger than a limit that was set: it will never pass
+    │   └── BusyError         no room now: it can pass later
     ├── NotFoundError         an unknown handle, context or transfer
     ├── AccessError           a peer or address that is not allowed
+    │   └── CredentialsError  who a peer is was not proven
     └── TransportError        the link or the peer failed
         ├── PeerUnavailableError
         └── DeadlineError
@@ -32,9 +34,10 @@ from __future__ import annotations
 
 
 class KvlinkError(Exception):
-    """Base of all errors of the package."""
+    """Base of all errors of the package. `reported`: a peer said so itself, the link to it is fine."""
 
     retryable = False
+    reported = False
 
 
 class InputError(KvlinkError):
@@ -96,7 +99,15 @@ class RemoteProtocolError(ProtocolError):
 class LimitError(KvlinkError):
     """Larger than a limit that was set; refused before anything was allocated."""
 
+
+class BusyError(LimitError):
+    """No room at this moment. `retry_after_s`: seconds after which to try again."""
+
     retryable = True
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NotFoundError(KvlinkError):
@@ -105,6 +116,10 @@ class NotFoundError(KvlinkError):
 
 class AccessError(KvlinkError):
     """A peer or address that the configuration does not allow."""
+
+
+class CredentialsError(AccessError):
+    """Who a peer is was not proven: no certificate, an expired one, a wrong token."""
 
 
 class TransportError(KvlinkError):

@@ -5,7 +5,8 @@ Does not know: how the figures were measured. Place on the path: ground floor; t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from kvlink.payload import Fingerprint
 
@@ -76,6 +77,15 @@ class Receipt:
     def bits_per_element(self) -> float:
         """8 · wire bytes ÷ elements of the full context cache. BF16 uncompressed is 16."""
         return 8 * self.wire_bytes / self.element_count if self.element_count else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON knows them; `from_dict` takes them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> Receipt:
+        found = told.get("certificate")
+        return cls(**{**told, "certificate": Certificate(**found) if found else None})
 
     def with_stages(self, **stage_s: float) -> Receipt:
         return replace(self, stage_s={**self.stage_s, **stage_s})

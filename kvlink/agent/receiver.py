@@ -54,6 +54,10 @@ class Held:
     def nbytes(self) -> int:
         return self.cache.nbytes
 
+    def wipe(self) -> None:
+        """Zero the cache; nobody may be using it."""
+        self.cache.wipe()
+
 
 class Intake:
     """One transfer on its way in. `take` frames until `held` is there."""

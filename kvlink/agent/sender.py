@@ -32,6 +32,7 @@ from kvlink.model.calibrate import rotation, units
 from kvlink.model.generate import Answer, answer, divergence, logits_along
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
 from kvlink.model.prefill import prefill, read_context, read_press, read_question
+from kvlink.model.restore import cache_shape
 from kvlink.model.template import Turn
 from kvlink.payload import EncodedSegment, Part, Prompt
 from kvlink.receipt import Certificate, Receipt
@@ -72,6 +73,12 @@ class Context:
     @property
     def nbytes(self) -> int:
         return self.cache.nbytes + len(self.text) + 4 * len(self.ids)
+
+    def wipe(self) -> None:
+        """Zero the cache and forget the text; nobody may be using it."""
+        self.cache.wipe()
+        self.text, self.ids = "", []
+        self.evidence.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,11 @@ class Sender:
         began = time.perf_counter()
         cache = prefill(self.lm, ids)
         return Context(text, ids, prompt, cache, time.perf_counter() - began)
+
+    def cache_bytes(self, text: str, turns: Sequence[Turn] = ()) -> int:
+        """Bytes of the cache that reading `text` will make. Raises ContextError as `read` does."""
+        ids = self.lm.context_ids(text, self.lm.template.prompt(turns))
+        return cache_shape(self.lm, len(ids)).cache_bytes
 
     def answer(self, context: Context, question: str, **options: float) -> Answer:
         """What the sender itself answers, from its full cache."""
@@ -175,37 +187,39 @@ class Sender:
         recipe: Recipe | str = DEFAULT_RECIPE,
         wish: Wish | None = None,
         look: Look | None = None,
+        transfer_id: bytes = b"",
     ) -> Transfer:
         """Reduce the context for `question` and frame it. `recipe`: `auto` too.
 
         `wish`: a budget overrides the retention, a quality or bits override the step of a transform,
         and a message that is verified is made finer until the sender reads its own answer from it.
         `look`: what `look` gave for this question and method, where several recipes share it.
+        `transfer_id`: 16 bytes; random where none are given.
         Raises RecipeError, ContextError, LimitError (the budget is too small for any cache).
         """
-        wish = wish or Wish()
+        wish, name = wish or Wish(), transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES)
         recipe = self.recipe(recipe) if isinstance(recipe, str) else recipe
         if wish.quality:
             recipe = with_quality(recipe, self.lm.profile, wish.quality)
         if wish.budget_bytes:
-            recipe = self._with_budget(context, question, recipe, wish.budget_bytes)
+            recipe = self._with_budget(context, recipe, wish.budget_bytes)
         if recipe.mode == "text":
-            return self._pack(context, question, recipe, Look())
+            return self._pack(context, name, recipe, Look())
         look = look or self.look(context, question, recipe.selection)
         if wish.max_bits:
-            transfer = self._within_bits(context, question, recipe, look, wish.max_bits)
+            transfer = self._within_bits(context, name, recipe, look, wish.max_bits)
         else:
-            transfer = self._pack(context, question, recipe, look)
+            transfer = self._pack(context, name, recipe, look)
         return self._verified(context, question, transfer, look) if wish.verify else transfer
 
     def recipe(self, text: str) -> Recipe:
         """The recipe that a text stands for, `auto` included. Raises RecipeError."""
         return automatic(self.lm.profile) if text == AUTO else Recipe.parse(text)
 
-    def _with_budget(self, context: Context, question: str, recipe: Recipe, budget_bytes: int) -> Recipe:
+    def _with_budget(self, context: Context, recipe: Recipe, budget_bytes: int) -> Recipe:
         """The recipe with a budget for its retention. With a transform all positions go if they fit."""
         if recipe.transform is not None and recipe.selection.method == "all":
-            if self._pack(context, question, recipe, Look()).receipt.wire_bytes <= budget_bytes:
+            if self._pack(context, b"", recipe, Look()).receipt.wire_bytes <= budget_bytes:
                 return recipe
             recipe = replace(recipe, selection=Selection("q2c+draft"))
         if recipe.mode == "text" or recipe.selection.method == "all":
@@ -214,10 +228,10 @@ class Sender:
             )
         return recipe.with_amount(Amount(budget_bytes, "bytes"))
 
-    def _pack(self, context: Context, question: str, recipe: Recipe, look: Look) -> Transfer:
+    def _pack(self, context: Context, transfer_id: bytes, recipe: Recipe, look: Look) -> Transfer:
         """One recipe as it is, with what was looked at."""
         recipe = self._resolved(recipe)
-        clock = _Clock(look.stage_s)
+        clock = _Clock(look.stage_s, transfer_id)
         if recipe.mode == "text":
             part = pack_part("text", context.text.encode(), recipe.coder)
             clock.lap("encode")
@@ -228,7 +242,7 @@ class Sender:
         return self._frame(context, recipe, segment, clock, look.draft)
 
     def _within_bits(
-        self, context: Context, question: str, recipe: Recipe, look: Look, max_bits: float
+        self, context: Context, transfer_id: bytes, recipe: Recipe, look: Look, max_bits: float
     ) -> Transfer:
         """The finest step of all whose transfer has at most `max_bits` an element."""
         require_transform(recipe, "a number of bits")
@@ -236,7 +250,7 @@ class Sender:
         low, high = 0, len(codes) - 1
         while low <= high:
             middle = (low + high) // 2
-            found = self._pack(context, question, replace(recipe, transform=codes[middle]), look)
+            found = self._pack(context, transfer_id, replace(recipe, transform=codes[middle]), look)
             if found.receipt.bits_per_element <= max_bits:
                 best, high = found, middle - 1
             else:
@@ -281,7 +295,7 @@ class Sender:
             if found.passed or next_recipe is None or escalations == _ESCALATIONS:
                 break
             # A finer recipe looks at the same evidence, or at none.
-            transfer = self._pack(context, question, next_recipe, look)
+            transfer = self._pack(context, transfer.manifest.transfer_id, next_recipe, look)
         told = replace(found, seconds=time.perf_counter() - began)
         receipt = replace(transfer.receipt.with_stages(verify=told.seconds), certificate=told)
         return replace(transfer, receipt=receipt)
@@ -377,7 +391,7 @@ class Sender:
         draft: Answer | None,
     ) -> Transfer:
         manifest = Manifest(
-            transfer_id=secrets.token_bytes(TRANSFER_ID_BYTES),
+            transfer_id=clock.transfer_id or bytes(TRANSFER_ID_BYTES),
             fingerprint=self.lm.fingerprint,
             shape=context.cache.shape,
             recipe=recipe,
@@ -421,9 +435,10 @@ def _least(selection: Selection) -> Selection:
 
 
 class _Clock:
-    """Seconds by stage, one lap after another."""
+    """Seconds by stage of one transfer, one lap after another."""
 
-    def __init__(self, stage_s: Mapping[str, float] | None = None) -> None:
+    def __init__(self, stage_s: Mapping[str, float] | None = None, transfer_id: bytes = b"") -> None:
+        self.transfer_id = transfer_id
         self.stage_s: dict[str, float] = dict(stage_s or {})
         self._last = time.perf_counter()
 

@@ -1,5 +1,8 @@
 """The sender agent as a service: contexts read and held, caches fetched and delivered.
 
+A delivery that its caller has named can be asked for again and goes on where it broke; one without a
+name is given up at both ends when its caller is gone.
+
 Does not know: gRPC. Place on the path: the sender's edge.
 """
 
@@ -9,20 +12,41 @@ import asyncio
 import fnmatch
 import itertools
 import logging
+import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+from blake3 import blake3
 
 from kvlink._release import RELEASE
+from kvlink.agent.admission import Gate
+from kvlink.agent.outbox import Outbox, Packed
 from kvlink.agent.sender import DEFAULT_RECIPE, Context, Sender, Transfer
+from kvlink.agent.staging import Staging
 from kvlink.agent.store import Store
-from kvlink.errors import AccessError, IdentityError, LimitError, RemoteProtocolError, TransportError
+from kvlink.agent.threads import to_thread
+from kvlink.errors import (
+    AccessError,
+    BusyError,
+    IdentityError,
+    KvlinkError,
+    LimitError,
+    NotFoundError,
+    RemoteProtocolError,
+    TransportError,
+)
 from kvlink.model.template import Turn
+from kvlink.observe import Observer
 from kvlink.receipt import Capabilities
 from kvlink.recipe import PRESS, Recipe, Wish
-from kvlink.transport.api import Delivery, Explanation, Progress, Published, PushStatus
-from kvlink.transport.client import ReceiverClient
+from kvlink.transport.api import NOBODY, Caller, Delivery, Explanation, Fetch, Progress, Published, PushStatus
+from kvlink.transport.client import CALL_S, ReceiverClient
+from kvlink.transport.credentials import Credentials
 from kvlink.transport.sockets import SocketCount
+from kvlink.wire.messages import TRANSFER_ID_BYTES
 
 log = logging.getLogger("kvlink.sender")
 
@@ -31,31 +55,59 @@ LOOPBACK_PEERS = ("127.0.0.1:*", "localhost:*", "[[]::1]:*")
 
 @dataclass(frozen=True, slots=True)
 class SenderSettings:
-    """Bounds of a sender agent. `peers`: receivers that may be dialled, as host:port patterns.
+    """Bounds of a sender agent. Lifetimes in seconds; 0 bytes for one peer means as for all.
 
+    `peers`: receivers that may be dialled, as host:port patterns; empty: those that the credentials
+    list, or loopback where there are none. `insecure`: dial off loopback without encryption.
     `presses`: whether a caller's recipe may name a class of kvpress, which imports that package.
+    `attempts`: dials in a row that bring nothing before a delivery is broken.
     """
 
     max_held_bytes: int = 8_000_000_000
+    max_peer_bytes: int = 0
     context_lifetime_s: float = 3600.0
+    resume_lifetime_s: float = 120.0
     max_text_bytes: int = 16_000_000
-    peers: tuple[str, ...] = LOOPBACK_PEERS
+    max_reads: int = 8
+    max_waiting: int = 64
+    wait_s: float = 10.0
+    peers: tuple[str, ...] = ()
+    insecure: bool = False
+    credentials: Credentials | None = None
     default_recipe: str = DEFAULT_RECIPE
     presses: bool = False
-    attempts: int = 3
+    attempts: int = 4
     retry_pause_s: float = 0.5
+    staging: Path | None = None
+    max_packed_bytes: int = 2_000_000_000
+    max_staged_bytes: int = 16_000_000_000
 
 
 class SenderService:
     """Handles the calls of `SenderService` in the proto."""
 
-    def __init__(self, sender: Sender, settings: SenderSettings | None = None) -> None:
+    def __init__(
+        self, sender: Sender, settings: SenderSettings | None = None, observer: Observer | None = None
+    ) -> None:
         self._sender = sender
-        self.settings = settings or SenderSettings()
+        self.settings = told = settings or SenderSettings()
+        self.observer = observer or Observer("sender")
         self.store: Store[Context] = Store(
-            "context", self.settings.max_held_bytes, self.settings.context_lifetime_s
-        )
+            "context", told.max_held_bytes, told.context_lifetime_s,
+            max_owner_bytes=told.max_peer_bytes, wipe=Context.wipe,
+        )  # fmt: skip
+        staging = Staging(told.staging, told.max_staged_bytes) if told.staging else None
+        self.outbox = Outbox(told.resume_lifetime_s, told.max_packed_bytes, staging)
+        self._work = Gate("reads", told.max_reads, waiting=told.max_waiting, wait_s=told.wait_s)
+        self._telling: set[asyncio.Task[None]] = set()
         self._prefill_tokens_per_s = 0.0
+        for name, what, read in (
+            ("held_bytes", "Bytes of held contexts", lambda: self.store.held_bytes),
+            ("packed_bytes", "Bytes of packed transfers", lambda: self.outbox.held_bytes),
+            ("reads_open", "Reads and packings at work", lambda: self._work.inside),
+            ("reads_waiting", "Reads and packings that wait", lambda: self._work.queued),
+        ):
+            self.observer.watch(name, what, read)
 
     def capabilities(self) -> Capabilities:
         lm = self._sender.lm
@@ -68,38 +120,51 @@ class SenderService:
             prefill_tokens_per_s=self._prefill_tokens_per_s,
         )
 
-    async def publish(self, text: str, lifetime_s: int, turns: list[tuple[str, str]]) -> Published:
-        context = await self._read(text, [Turn(role, content) for role, content in turns])
-        key = self.store.put(context, context.nbytes, lifetime_s)
+    async def publish(
+        self, text: str, lifetime_s: int, turns: list[tuple[str, str]], caller: Caller = NOBODY
+    ) -> Published:
+        """Read a text and hold it for its publisher and the readers that were named."""
+        earlier = [Turn(role, content) for role, content in turns]
+        with await self._work.enter(caller.name):
+            needed = await to_thread(self._needed, text, earlier)
+            self.store.reserve(needed, caller.name)
+            try:
+                context = await self._read(text, earlier)
+            finally:
+                self.store.release(needed, caller.name)
+        key = self.store.put(context, context.nbytes, lifetime_s, owner=caller.name, readers=caller.readers)
         lasting = self.store.granted_s(lifetime_s)
         return Published(key, context.cache.tokens, context.cache.nbytes, context.prefill_s, int(lasting))
 
     def sweep(self) -> None:
-        """Forget contexts past their lifetime."""
+        """Forget contexts past their lifetime, and packed transfers that nobody asked for again."""
         self.store.sweep()
+        self.outbox.sweep()
 
-    def unpublish(self, context_id: str) -> None:
-        self.store.delete(context_id)
+    def unpublish(self, context_id: str, caller: Caller = NOBODY) -> None:
+        self.store.delete(context_id, caller.name)
 
-    async def fetch_cache(
-        self,
-        context_id: str,
-        question: str,
-        recipe: str,
-        wish: Wish,
-        transfer_id: bytes,
-        next_sequence: int,
-    ) -> AsyncIterator[bytes]:
-        """Frames of a published context, reduced for the caller's question."""
-        if transfer_id or next_sequence:
-            raise RemoteProtocolError("resuming a fetch is not in this release; fetch again from frame 0")
-        context = self.store.get(context_id)
-        chosen = self._recipe(recipe)
-        transfer = await asyncio.to_thread(self._sender.pack, context, question, chosen, wish)
-        for frame in transfer.frames:
-            yield frame
+    async def fetch_cache(self, fetch: Fetch, caller: Caller = NOBODY) -> AsyncGenerator[bytes, None]:
+        """Frames of a published context, reduced for the caller's question, from where it says."""
+        key = fetch.transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES)
+        if fetch.next_sequence and self.outbox.peek(key, caller.name) is None:
+            raise NotFoundError("the transfer is not here any more; fetch again from frame 0")
+        chosen = self._recipe(fetch.recipe)
+        with self.store.lease(fetch.context_id, caller.name) as context:
 
-    async def deliver_cache(self, delivery: Delivery) -> AsyncIterator[Progress]:
+            async def pack() -> Transfer:
+                return await self._pack(context, fetch.question, chosen, fetch.wish, key, caller)
+
+            packed = await self.outbox.get(key, caller.name, _digest(replace(fetch, next_sequence=0)), pack)
+        try:
+            for frame in packed.transfer.frames[fetch.next_sequence :] if packed.transfer else ():
+                yield frame
+        finally:
+            self.outbox.leave(packed)
+
+    async def deliver_cache(
+        self, delivery: Delivery, caller: Caller = NOBODY
+    ) -> AsyncGenerator[Progress, None]:
         """Pack, dial the receiver, compare identities, push; then say what it cost."""
         self._allow(delivery.receiver)
         recipe = self._recipe(delivery.recipe)
@@ -107,69 +172,162 @@ class SenderService:
             raise AccessError(
                 "only who sends the text is told what was chosen of it; a handle does not show it"
             )
-        async with ReceiverClient(delivery.receiver) as peer:
-            there = await self._compare(peer, recipe)
-        context, prefill_s = await self._context(delivery)
-        transfer = await asyncio.to_thread(
-            self._sender.pack, context, delivery.question, recipe, delivery.wish
-        )
+        key = delivery.delivery_id or secrets.token_bytes(TRANSFER_ID_BYTES)
+        with self.observer.span("deliver", caller.trace, transfer=key.hex()) as span, ExitStack() as held:
+            caller = replace(caller, trace=span.parent)
+            async with self._dial(delivery.receiver, caller) as peer:
+                there = await self._compare(peer, recipe)
+            contexts = _Contexts(self, delivery, caller, held)
+
+            async def pack() -> Transfer:
+                context = await contexts.get()
+                found = await self._pack(context, delivery.question, recipe, delivery.wish, key, caller)
+                return replace(found, receipt=found.receipt.with_stages(prefill=contexts.prefill_s))
+
+            packed = await self.outbox.get(key, caller.name, _digest(delivery), pack)
+            packed.receiver = delivery.receiver
+            try:
+                async with aclosing(self._deliver(packed, delivery, there, contexts, caller)) as told:
+                    async for progress in told:
+                        span.attributes["wire_bytes"] = progress.receipt.wire_bytes
+                        yield progress
+            except (asyncio.CancelledError, GeneratorExit):
+                if not delivery.delivery_id:
+                    self._give_up(key, packed, caller)
+                raise
+            except TransportError:
+                raise  # asked for again it goes on
+            except KvlinkError:
+                if packed.busy == 1:
+                    self.outbox.forget(key)
+                raise
+            finally:
+                self.outbox.leave(packed)
+                if not delivery.delivery_id:
+                    self.outbox.forget(key)
+
+    async def _deliver(
+        self, packed: Packed, delivery: Delivery, there: Capabilities, contexts: _Contexts, caller: Caller
+    ) -> AsyncGenerator[Progress, None]:
+        """Push what is packed, then say what it cost."""
+        transfer = packed.transfer
+        if transfer is None:  # pragma: no cover - the outbox gives packed transfers only
+            raise NotFoundError("the transfer is not here any more")
         sent = list(itertools.accumulate(len(frame) for frame in transfer.frames))
         total = sent[-1]
         yield Progress(0, total)
-        await self._send_profile(delivery.receiver, transfer, there)
+        await self._send_profile(delivery.receiver, transfer, there, caller)
         status = PushStatus("failed", 0)
         wire_s, socket_bytes = 0.0, 0
-        async for item in self._push(delivery.receiver, transfer):
-            if isinstance(item, int):
-                yield Progress(sent[item], total)
-            else:
-                status, wire_s, socket_bytes = item
+        async with aclosing(self._push(delivery.receiver, transfer, caller)) as pushed:
+            async for item in pushed:
+                if isinstance(item, int):
+                    yield Progress(sent[item], total)
+                else:
+                    status, wire_s, socket_bytes = item
         rest_s = sum(status.receipt.stage_s.values())  # decode or read, at the receiver
-        stages = {**status.receipt.stage_s, "wire": max(0.0, wire_s - rest_s), "prefill": prefill_s}
+        stages = {**status.receipt.stage_s, "wire": max(0.0, wire_s - rest_s)}
         receipt = replace(transfer.receipt.with_stages(**stages), socket_bytes=socket_bytes)
-        log.info("transfer %s delivered to %s: %s", receipt.transfer_id, delivery.receiver, receipt)
-        own = ""
+        log.info(
+            "transfer delivered: %d bytes, %s", receipt.wire_bytes, receipt.recipe,
+            extra={"transfer": receipt.transfer_id, "receiver": delivery.receiver, "peer": caller.name,
+                   "receipt": receipt.to_dict()},
+        )  # fmt: skip
+        self.observer.count("transfers", "Transfers by their end", state="complete")
+        for kind, count in receipt.bytes.items():
+            self.observer.count("sent_bytes", "Bytes of complete transfers", count, kind=kind)
+        for stage, seconds in receipt.stage_s.items():
+            self.observer.seconds("stage_seconds", "Seconds of a stage", seconds, stage=stage)
+        own, told = "", Explanation()
         if delivery.answer_here:
-            own = (await asyncio.to_thread(self._sender.answer, context, delivery.question)).text
-        told = Explanation()
+            own = (await to_thread(self._sender.answer, await contexts.get(), delivery.question)).text
         if delivery.explain:
-            told = await asyncio.to_thread(self._sender.explain, context, delivery.question, transfer)
+            told = await to_thread(self._sender.explain, await contexts.get(), delivery.question, transfer)
         yield Progress(total, total, True, status.cache_id, own, receipt, told)
 
-    async def _push(
-        self, address: str, transfer: Transfer
-    ) -> AsyncIterator[int | tuple[PushStatus, float, int]]:
-        """Push frames, again after a cut and from where the receiver is, until it is complete."""
-        began = time.perf_counter()
-        for attempt in range(1, self.settings.attempts + 1):
-            try:
-                async with ReceiverClient(address) as peer:
-                    before = peer.socket_count()
-                    async for item in peer.push(transfer.frames):
-                        if isinstance(item, int):
-                            yield item
-                        elif item.state == "complete":
-                            wire_s = time.perf_counter() - began
-                            await asyncio.sleep(0)
-                            after = peer.socket_count()
-                            yield item, wire_s, _counted(before, after)
-                            return
-                raise RemoteProtocolError(f"{address}: the receiver ended the call before it was complete")
-            except TransportError as error:
-                if attempt == self.settings.attempts:
-                    raise
-                log.warning("transfer %s: %s; trying again", transfer.receipt.transfer_id, error)
-                await asyncio.sleep(self.settings.retry_pause_s * attempt)
+    async def cancel_delivery(self, delivery_id: bytes, caller: Caller = NOBODY) -> None:
+        """Give up a delivery at both ends. Unknown ids are fine."""
+        packed = self.outbox.peek(delivery_id, caller.name)
+        if packed is not None:
+            self.outbox.forget(delivery_id)
+            if packed.receiver:
+                self._give_up(delivery_id, packed, caller)
 
-    async def _send_profile(self, address: str, transfer: Transfer, there: Capabilities) -> None:
+    def _give_up(self, key: bytes, packed: Packed, caller: Caller) -> None:
+        """Tell the receiver, without anybody waiting for it."""
+
+        async def tell() -> None:
+            try:
+                async with self._dial(packed.receiver, caller) as peer:
+                    await peer.cancel(key)
+            except KvlinkError as error:
+                log.info("the receiver was not told: %s", error, extra={"transfer": key.hex()})
+
+        task = asyncio.get_running_loop().create_task(tell())
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _push(
+        self, address: str, transfer: Transfer, caller: Caller
+    ) -> AsyncGenerator[int | tuple[PushStatus, float, int], None]:
+        """Push frames, again after a cut and from where the receiver is, until it is complete."""
+        began, failed = time.perf_counter(), 0
+        last_s = CALL_S if caller.remaining_s is None else caller.remaining_s
+        readers = [caller.name] if caller.name else []
+        while True:
+            try:
+                left_s = last_s - (time.perf_counter() - began)
+                async with self._dial(address, caller) as peer:
+                    before = peer.socket_count()
+                    async with aclosing(peer.push(transfer.frames, readers, max(left_s, 0.001))) as told:
+                        async for item in told:
+                            if isinstance(item, int):
+                                failed = 0
+                                yield item
+                            elif item.state == "complete":
+                                wire_s = time.perf_counter() - began
+                                await asyncio.sleep(0)
+                                yield item, wire_s, _counted(before, peer.socket_count())
+                                return
+                raise RemoteProtocolError(f"{address}: the receiver ended the call before it was complete")
+            except (TransportError, BusyError) as error:
+                failed += 1
+                pause_s = self.settings.retry_pause_s * failed
+                if isinstance(error, BusyError):
+                    pause_s = max(pause_s, error.retry_after_s)
+                spent = time.perf_counter() - began + pause_s
+                if failed >= self.settings.attempts or spent > last_s:
+                    raise
+                log.warning("trying again: %s", error, extra={"transfer": transfer.receipt.transfer_id})
+                await asyncio.sleep(pause_s)
+
+    async def _pack(
+        self, context: Context, question: str, recipe: Recipe, wish: Wish, key: bytes, caller: Caller
+    ) -> Transfer:
+        with (
+            await self._work.enter(caller.name),
+            self.observer.span("pack", caller.trace, transfer=key.hex()) as span,
+        ):
+            found = await to_thread(self._sender.pack, context, question, recipe, wish, None, key)
+            span.attributes |= {"recipe": found.receipt.recipe, "wire_bytes": found.receipt.wire_bytes}
+            return found
+
+    async def _send_profile(
+        self, address: str, transfer: Transfer, there: Capabilities, caller: Caller
+    ) -> None:
         """Send the profile ahead, once, to a receiver that lacks it."""
         profile, recipe = self._sender.lm.profile, transfer.manifest.recipe
         if profile is None or recipe.transform is None or recipe.basis == "own":
             return
         if profile.digest not in there.profiles:
-            async with ReceiverClient(address) as peer:
+            async with self._dial(address, caller) as peer:
                 await peer.put_profile(profile.to_bytes())
             log.info("profile %s sent to %s", profile.digest.hex()[:12], address)
+
+    def _dial(self, address: str, caller: Caller) -> ReceiverClient:
+        """A client for a receiver, with the credentials meant for it."""
+        told = self.settings
+        return ReceiverClient(address, told.credentials, insecure=told.insecure, trace=caller.trace)
 
     async def _compare(self, peer: ReceiverClient, recipe: Recipe) -> Capabilities:
         """Identity before bytes: nothing is read or packed for a receiver that cannot use it."""
@@ -179,18 +337,15 @@ class SenderService:
             raise IdentityError(f"dtype: here {self._sender.lm.dtype}, at the peer {there.dtype}")
         return there
 
-    async def _context(self, delivery: Delivery) -> tuple[Context, float]:
-        """The published context, or the text read now with the seconds that it took."""
-        if delivery.context_id:
-            return self.store.get(delivery.context_id), 0.0
-        context = await self._read(delivery.text)
-        return context, context.prefill_s
-
-    async def _read(self, text: str, turns: list[Turn] | None = None) -> Context:
+    def _needed(self, text: str, turns: list[Turn]) -> int:
+        """Bytes that reading a text will take. Raises LimitError, ContextError."""
         size = len(text.encode())
         if size > self.settings.max_text_bytes:
             raise LimitError(f"at most {self.settings.max_text_bytes} bytes of text, got {size}")
-        context = await asyncio.to_thread(self._sender.read, text, turns or [])
+        return self._sender.cache_bytes(text, turns)
+
+    async def _read(self, text: str, turns: list[Turn] | None = None) -> Context:
+        context = await to_thread(self._sender.read, text, turns or [])
         self._prefill_tokens_per_s = context.cache.tokens / max(context.prefill_s, 1e-9)
         return context
 
@@ -203,10 +358,44 @@ class SenderService:
 
     def _allow(self, address: str) -> None:
         """Nobody dials an address that the peer list does not allow."""
-        if not any(fnmatch.fnmatchcase(address, pattern) for pattern in self.settings.peers):
+        told = self.settings
+        listed = told.credentials.addresses() if told.credentials else LOOPBACK_PEERS
+        allowed = told.peers or tuple(listed)
+        if address not in allowed and not any(fnmatch.fnmatchcase(address, p) for p in allowed):
             raise AccessError(
-                f"{address!r} is not in this sender's peer list ({', '.join(self.settings.peers)}); add it with --peer"
+                f"{address!r} is not in this sender's peer list ({', '.join(allowed)}); add it with --peer"
             )
+
+
+class _Contexts:
+    """The context of one delivery, read or leased when it is first needed, kept until `held` is left."""
+
+    def __init__(self, service: SenderService, delivery: Delivery, caller: Caller, held: ExitStack) -> None:
+        self._service, self._delivery, self._caller, self._held = service, delivery, caller, held
+        self._found: Context | None = None
+        self.prefill_s = 0.0
+
+    async def get(self) -> Context:
+        if self._found is None:
+            told, service = self._delivery, self._service
+            if told.context_id:
+                self._found = self._held.enter_context(
+                    service.store.lease(told.context_id, self._caller.name)
+                )
+            else:
+                with await service._work.enter(self._caller.name):
+                    needed = await to_thread(service._needed, told.text, [])
+                    service.store.reserve(needed, self._caller.name)
+                    self._held.callback(service.store.release, needed, self._caller.name)
+                    self._found = await service._read(told.text)
+                self._held.callback(self._found.wipe)
+                self.prefill_s = self._found.prefill_s
+        return self._found
+
+
+def _digest(request: Delivery | Fetch) -> str:
+    """What tells one request from another."""
+    return blake3(repr(request).encode()).hexdigest()
 
 
 def _counted(before: SocketCount | None, after: SocketCount | None) -> int:

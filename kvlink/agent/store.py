@@ -1,4 +1,8 @@
-"""What an agent holds: contexts under ids that cannot be guessed, with a lifetime and a memory bound.
+"""What an agent holds: contexts under ids that cannot be guessed, with owners, lifetimes and memory bounds.
+
+An id opens nothing by itself: a value is given to its owner and to the readers that the owner named,
+and is "not there" for everybody else. A value that somebody is using stays whole until they are done,
+whatever happens to its id; then it is wiped.
 
 Does not know: what is held, beyond its size. Place on the path: between a transfer and a question.
 """
@@ -8,70 +12,125 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from kvlink.errors import LimitError, NotFoundError
+from kvlink.errors import BusyError, LimitError, NotFoundError
 
 T = TypeVar("T")
+
+_RETRY_S = (0.5, 5.0)
 
 
 @dataclass(slots=True)
 class _Entry(Generic[T]):
     value: T
     nbytes: int
+    owner: str
+    readers: frozenset[str]
     expires_at: float
     last_used: float
+    fresh_until: float
+    users: int = 0
+    gone: bool = False
 
 
 class Store(Generic[T]):
     """Values by id. A use extends nothing but the order in which values make room.
 
-    `max_bytes` bounds what is held and what is promised (`reserve`) together. To make room the
-    least recently used values go first; what is larger than the bound is refused.
+    `max_bytes` bounds what is held and what is promised (`reserve`) together, `max_owner_bytes` the
+    part of one owner. To make room the least recently used values of the same owner go first, then
+    those of others; a value in use, and one that is younger than `fresh_s` and was never used, stays.
+    What is larger than a bound raises LimitError, what only has no room now BusyError.
+    `wipe` is called on a value that is gone once nobody uses it.
     """
 
     def __init__(
-        self, what: str, max_bytes: int, lifetime_s: float, now: Callable[[], float] = time.monotonic
+        self,
+        what: str,
+        max_bytes: int,
+        lifetime_s: float,
+        now: Callable[[], float] = time.monotonic,
+        *,
+        max_owner_bytes: int = 0,
+        fresh_s: float = 0.0,
+        wipe: Callable[[T], None] | None = None,
     ) -> None:
         self._what = what
         self.max_bytes = max_bytes
+        self.max_owner_bytes = max_owner_bytes or max_bytes
         self.lifetime_s = lifetime_s
         self._now = now
+        self._fresh_s = fresh_s
+        self._wipe = wipe or (lambda _: None)
         self._entries: dict[str, _Entry[T]] = {}
-        self._reserved = 0
-        self._lock = threading.Lock()
+        self._leaving_bytes = 0
+        self._reserved: Counter[str] = Counter()
+        self._lock = threading.RLock()
 
     def granted_s(self, asked_s: float) -> float:
         """The lifetime that a value gets: what was asked for, at most the store's; 0 asks for that."""
         return min(asked_s or self.lifetime_s, self.lifetime_s)
 
-    def put(self, value: T, nbytes: int, lifetime_s: float = 0.0) -> str:
-        """Hold a value; returns its id, 16 random bytes as text. Raises LimitError."""
+    def put(
+        self,
+        value: T,
+        nbytes: int,
+        lifetime_s: float = 0.0,
+        *,
+        owner: str = "",
+        readers: Collection[str] = (),
+        key: str = "",
+    ) -> str:
+        """Hold a value; returns its id, 16 random bytes as text unless `key` says another.
+
+        Raises LimitError, BusyError.
+        """
         with self._lock:
-            self._make_room(nbytes)
-            key = secrets.token_urlsafe(16)
+            self._make_room(nbytes, owner)
+            key = key or secrets.token_urlsafe(16)
             now = self._now()
-            self._entries[key] = _Entry(value, nbytes, now + self.granted_s(lifetime_s), now)
+            lasting = self.granted_s(lifetime_s)
+            self._entries[key] = _Entry(
+                value, nbytes, owner, frozenset(readers), now + lasting, now, now + self._fresh_s
+            )
             return key
 
-    def get(self, key: str) -> T:
-        """The value of an id. Raises NotFoundError where it is unknown or has expired."""
+    @contextmanager
+    def lease(self, key: str, who: str = "") -> Iterator[T]:
+        """The value of an id, whole until the block is left.
+
+        Raises NotFoundError where it is unknown, has expired, or is none of `who`'s business: the
+        three look the same from outside.
+        """
         with self._lock:
-            self._expire()
-            entry = self._entries.get(key)
-            if entry is None:
-                raise NotFoundError(f"no {self._what} with this id: never there, deleted or expired")
-            entry.last_used = self._now()
+            entry = self._find(key, who)
+            entry.users += 1
+            entry.last_used, entry.fresh_until = self._now(), 0.0
+        try:
+            yield entry.value
+        finally:
+            with self._lock:
+                entry.users -= 1
+                if entry.gone and not entry.users:
+                    self._leaving_bytes -= entry.nbytes
+                    self._wipe(entry.value)
+
+    def get(self, key: str, who: str = "") -> T:
+        """The value of an id, for a look: it may be wiped at any moment. Raises NotFoundError."""
+        with self._lock:
+            entry = self._find(key, who)
+            entry.last_used, entry.fresh_until = self._now(), 0.0
             return entry.value
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, who: str = "") -> None:
         """Forget a value. Raises NotFoundError."""
         with self._lock:
-            self._expire()
-            if self._entries.pop(key, None) is None:
-                raise NotFoundError(f"no {self._what} with this id: never there, deleted or expired")
+            self._find(key, who)
+            self._remove(key)
 
     def sweep(self) -> None:
         """Forget what has expired, now rather than at the next call."""
@@ -83,15 +142,17 @@ class Store(Generic[T]):
             self._expire()
             return key in self._entries
 
-    def reserve(self, nbytes: int) -> None:
-        """Promise room for something on its way; `release` gives it back. Raises LimitError."""
+    def reserve(self, nbytes: int, owner: str = "") -> None:
+        """Promise room for something on its way; `release` gives it back. Raises LimitError, BusyError."""
         with self._lock:
-            self._make_room(nbytes)
-            self._reserved += nbytes
+            self._make_room(nbytes, owner)
+            self._reserved[owner] += nbytes
 
-    def release(self, nbytes: int) -> None:
+    def release(self, nbytes: int, owner: str = "") -> None:
         with self._lock:
-            self._reserved -= nbytes
+            self._reserved[owner] -= nbytes
+            if not self._reserved[owner]:
+                del self._reserved[owner]
 
     @property
     def held_bytes(self) -> int:
@@ -99,24 +160,68 @@ class Store(Generic[T]):
             self._expire()
             return sum(entry.nbytes for entry in self._entries.values())
 
+    @property
+    def reserved_bytes(self) -> int:
+        with self._lock:
+            return self._reserved.total()
+
     def __len__(self) -> int:
         with self._lock:
             self._expire()
             return len(self._entries)
 
+    def _find(self, key: str, who: str) -> _Entry[T]:
+        self._expire()
+        entry = self._entries.get(key)
+        if entry is None or (who != entry.owner and who not in entry.readers):
+            raise NotFoundError(f"no {self._what} with this id: never there, deleted or expired")
+        return entry
+
+    def _remove(self, key: str) -> None:
+        entry = self._entries.pop(key)
+        entry.gone = True
+        if entry.users:
+            self._leaving_bytes += entry.nbytes
+        else:
+            self._wipe(entry.value)
+
     def _expire(self) -> None:
         now = self._now()
         for key in [key for key, entry in self._entries.items() if entry.expires_at <= now]:
-            del self._entries[key]
+            self._remove(key)
 
-    def _make_room(self, nbytes: int) -> None:
+    def _make_room(self, nbytes: int, owner: str) -> None:
         self._expire()
-        free = self.max_bytes - self._reserved - sum(e.nbytes for e in self._entries.values())
-        if nbytes > self.max_bytes - self._reserved:
-            raise LimitError(
-                f"{nbytes} bytes for a {self._what}: at most {self.max_bytes} are held, {self._reserved} promised"
-            )
-        for key in sorted(self._entries, key=lambda k: self._entries[k].last_used):
-            if free >= nbytes:
-                return
-            free += self._entries.pop(key).nbytes
+        for most, whose in ((self.max_bytes, ""), (self.max_owner_bytes, " for one peer")):
+            if nbytes > most:
+                raise LimitError(f"{nbytes} bytes for a {self._what}: at most {most} are held{whose}")
+        now, mine = self._now(), lambda entry: entry.owner == owner
+        movable = [k for k, e in self._entries.items() if not e.users and e.fresh_until <= now]
+        movable.sort(key=lambda k: (not mine(self._entries[k]), self._entries[k].last_used))
+        going: list[str] = []
+
+        def held(entries: list[_Entry[T]]) -> int:
+            return sum(entry.nbytes for entry in entries)
+
+        def lacking(left: dict[str, _Entry[T]]) -> bool:
+            own = held([e for e in left.values() if mine(e)]) + self._reserved[owner]
+            everything = held(list(left.values())) + self._reserved.total() + self._leaving_bytes
+            return own + nbytes > self.max_owner_bytes or everything + nbytes > self.max_bytes
+
+        left = dict(self._entries)
+        while lacking(left):
+            if not movable:
+                raise BusyError(
+                    f"{nbytes} bytes for a {self._what}: at most {self.max_bytes} are held, "
+                    f"{self._reserved.total()} promised; try again later",
+                    self._retry_after_s(now),
+                )
+            going.append(movable.pop(0))
+            del left[going[-1]]
+        for key in going:
+            self._remove(key)
+
+    def _retry_after_s(self, now: float) -> float:
+        """Until the next value may go, within reason."""
+        soonest = min((min(e.expires_at, e.fresh_until or now) for e in self._entries.values()), default=now)
+        return min(max(soonest - now, _RETRY_S[0]), _RETRY_S[1])

@@ -1,4 +1,4 @@
-"""Blocking work for an event loop: a generator that runs in a thread and is read from a coroutine.
+"""Blocking work for an event loop, in threads that are waited for: nothing outlives its caller.
 
 Does not know: what is generated. Place on the path: between the model and the services.
 """
@@ -7,14 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 _END = object()
 
 
-async def stream(make: Callable[[], Iterator[T]]) -> AsyncIterator[T]:
+async def to_thread(work: Callable[..., T], *arguments: Any) -> T:
+    """`work(*arguments)` in a thread. When cancelled it waits for the thread: that cannot be stopped
+    half-way, and what it uses must stay until it is done."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+async def stream(make: Callable[[], Iterator[T]]) -> AsyncGenerator[T, None]:
     """The items of `make()`, produced in a thread. Leaving early stops the thread at its next item."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Any] = asyncio.Queue()

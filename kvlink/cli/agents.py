@@ -5,6 +5,8 @@ Does not know: what an agent does. Place on the path: the face of the package.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,18 +16,25 @@ from kvlink.cli.common import (
     RECEIVER,
     SENDER,
     Attn,
+    Creds,
     Device,
     Dtype,
     Insecure,
     Json,
     Listen,
+    LogFormat,
     LogLevel,
+    MetricsAt,
     Model,
+    StagingDir,
+    TraceTo,
     budget_bytes,
+    credentials,
     quiet,
     run,
     set_up_log,
 )
+from kvlink.observe import Observer
 
 
 def receiver(
@@ -34,32 +43,56 @@ def receiver(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     attn: Attn = "auto",
+    creds: Creds = None,
     insecure: Insecure = False,
     max_held: Annotated[str, typer.Option(help="Memory for held caches.")] = "8000MB",
+    max_peer_held: Annotated[str, typer.Option(help="Of it for one peer; empty: all.")] = "",
+    max_cache: Annotated[str, typer.Option(help="Memory of one cache.")] = "4000MB",
     cache_lifetime_s: Annotated[float, typer.Option(help="Seconds that a cache is held.")] = 3600.0,
+    resume_lifetime_s: Annotated[float, typer.Option(help="Seconds to resume a broken transfer in.")] = 120.0,
+    transfer_deadline_s: Annotated[float, typer.Option(help="Seconds from first frame to last.")] = 900.0,
     max_transfers: Annotated[int, typer.Option(min=1, help="Transfers at a time.")] = 32,
+    max_peer_transfers: Annotated[int, typer.Option(min=0, help="Of them by one peer; 0: all.")] = 0,
+    max_generations: Annotated[int, typer.Option(min=1, help="Generations at a time.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer.")] = 1024,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Callers that may wait for a place.")] = 64,
+    wait_s: Annotated[float, typer.Option(help="Seconds that they wait at most.")] = 10.0,
+    staging: StagingDir = None,
+    metrics: MetricsAt = "",
+    trace_to: TraceTo = "",
     log_level: LogLevel = "warning",
+    log_format: LogFormat = "text",
 ) -> None:
     """Run a receiver: it takes caches and answers from them."""
+    set_up_log(log_level, log_format)
+    proof = _proof(listen, creds, insecure)
     from kvlink.agent.receiver import Receiver
     from kvlink.agent.receiver_service import ReceiverService, ReceiverSettings
-    from kvlink.transport.server import Server, check_listen
+    from kvlink.wire.session import Limits
 
-    set_up_log(log_level)
     quiet()
     settings = ReceiverSettings(
-        max_held_bytes=budget_bytes(max_held), cache_lifetime_s=cache_lifetime_s, max_transfers=max_transfers
+        max_held_bytes=budget_bytes(max_held),
+        max_peer_bytes=budget_bytes(max_peer_held),
+        cache_lifetime_s=cache_lifetime_s,
+        resume_lifetime_s=resume_lifetime_s,
+        transfer_deadline_s=transfer_deadline_s,
+        max_transfers=max_transfers,
+        max_peer_transfers=max_peer_transfers,
+        max_generations=max_generations,
+        max_new_tokens=max_new_tokens,
+        max_waiting=max_waiting,
+        wait_s=wait_s,
+        staging=staging,
+        limits=Limits(max_cache_bytes=budget_bytes(max_cache)),
     )
 
-    async def serve() -> None:
-        # Refuse an address before a model is loaded for it.
-        check_listen(listen, insecure)
-        service = ReceiverService(Receiver(model, device=device, dtype=dtype, attention=attn), settings)
-        await Server(listen, receiver=service, insecure=insecure).run(
-            _announce("receiver", listen, model), service.sweep
+    def make(observer: Observer) -> Any:
+        return ReceiverService(
+            Receiver(model, device=device, dtype=dtype, attention=attn), settings, observer
         )
 
-    run(serve())
+    _serve("receiver", listen, model, make, proof, insecure, metrics, trace_to)
 
 
 def sender(
@@ -68,6 +101,7 @@ def sender(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     attn: Attn = "auto",
+    creds: Creds = None,
     insecure: Insecure = False,
     press: Annotated[
         bool, typer.Option("--press", help="Let recipes name classes of kvpress, which imports it.")
@@ -76,49 +110,103 @@ def sender(
         list[str] | None, typer.Option(help="Receiver that may be dialled, host:port; repeat.")
     ] = None,
     max_held: Annotated[str, typer.Option(help="Memory for published contexts.")] = "8000MB",
+    max_peer_held: Annotated[str, typer.Option(help="Of it for one peer; empty: all.")] = "",
     context_lifetime_s: Annotated[float, typer.Option(help="Seconds that a context is held.")] = 3600.0,
+    resume_lifetime_s: Annotated[float, typer.Option(help="Seconds to resume a broken delivery in.")] = 120.0,
+    max_reads: Annotated[int, typer.Option(min=1, help="Contexts read or packed at a time.")] = 8,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Callers that may wait for a place.")] = 64,
+    wait_s: Annotated[float, typer.Option(help="Seconds that they wait at most.")] = 10.0,
+    staging: StagingDir = None,
+    metrics: MetricsAt = "",
+    trace_to: TraceTo = "",
     log_level: LogLevel = "warning",
+    log_format: LogFormat = "text",
 ) -> None:
     """Run a sender: it reads contexts and delivers what questions need of them."""
+    set_up_log(log_level, log_format)
+    proof = _proof(listen, creds, insecure)
     from kvlink.agent.sender import Sender
-    from kvlink.agent.sender_service import LOOPBACK_PEERS, SenderService, SenderSettings
-    from kvlink.transport.server import Server, check_listen
+    from kvlink.agent.sender_service import SenderService, SenderSettings
 
-    set_up_log(log_level)
     quiet()
     settings = SenderSettings(
         presses=press,
         max_held_bytes=budget_bytes(max_held),
+        max_peer_bytes=budget_bytes(max_peer_held),
         context_lifetime_s=context_lifetime_s,
-        peers=tuple(peer) if peer else LOOPBACK_PEERS,
+        resume_lifetime_s=resume_lifetime_s,
+        max_reads=max_reads,
+        max_waiting=max_waiting,
+        wait_s=wait_s,
+        staging=staging,
+        peers=tuple(peer or ()),
+        insecure=insecure,
+        credentials=proof,
     )
 
-    async def serve() -> None:
-        check_listen(listen, insecure)
-        service = SenderService(Sender(model, device=device, dtype=dtype, attention=attn), settings)
-        await Server(listen, sender=service, insecure=insecure).run(
-            _announce("sender", listen, model), service.sweep
-        )
+    def make(observer: Observer) -> Any:
+        return SenderService(Sender(model, device=device, dtype=dtype, attention=attn), settings, observer)
 
-    run(serve())
+    _serve("sender", listen, model, make, proof, insecure, metrics, trace_to)
 
 
-def _announce(kind: str, listen: str, model: str) -> Any:
+def _proof(listen: str, creds: Path | None, insecure: bool) -> Any:
+    """The agent's credentials, or None. An address that needs some is refused before a model is loaded."""
+    proof = credentials(creds, insecure)
+    if proof is None:
+        from kvlink.transport.server import check_open
+
+        check_open(listen, insecure)
+    return proof
+
+
+def _serve(
+    kind: str,
+    listen: str,
+    model: str,
+    make: Callable[[Observer], Any],
+    proof: Any,
+    insecure: bool,
+    metrics: str,
+    trace_to: str,
+) -> None:
+    """Run an agent until it is told to stop."""
+    from kvlink.transport.server import Server, split_address
+
     host = listen.rpartition(":")[0]
-    return lambda port: print(f"kvlink {kind} with {model} listens on {host}:{port}", flush=True)
+    observer = Observer(kind, metrics=bool(metrics), trace_to=trace_to)
+    stop_metrics = observer.serve(*split_address(metrics)) if metrics else lambda: None
+
+    def started(port: int) -> None:
+        how = f", as {proof.name!r} over TLS" if proof else ""
+        print(f"kvlink {kind} with {model} listens on {host}:{port}{how}", flush=True)
+
+    async def serve() -> None:
+        service = make(observer)
+        handler: Any = {kind: service}
+        await Server(listen, **handler, insecure=insecure, credentials=proof).run(started, service.sweep)
+
+    try:
+        run(serve())
+    finally:
+        stop_metrics()
 
 
 def health(
     address: str,
+    creds: Creds = None,
+    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Ask an agent whether it serves, and what it is."""
     from kvlink.show import print_json
     from kvlink.transport.client import ReceiverClient, SenderClient
 
+    proof = credentials(creds, insecure)
+
     async def work() -> dict[str, Any]:
         for kind, client in (("receiver", ReceiverClient), ("sender", SenderClient)):
-            async with client(address) as peer:
+            async with client(address, proof, insecure=insecure) as peer:
                 status = await peer.health()
                 try:
                     there = await peer.capabilities()

@@ -17,8 +17,10 @@ from kvlink.cli.common import (
     SENDER,
     Bits,
     Budget,
+    Creds,
     Ctx,
     Data,
+    Insecure,
     Json,
     Model,
     Quality,
@@ -27,9 +29,11 @@ from kvlink.cli.common import (
     RecipeText,
     ReportFile,
     SenderAt,
+    Timeout,
     Verify,
     checked_recipe,
     console,
+    credentials,
     progress_bar,
     read_context,
     run,
@@ -82,6 +86,9 @@ def ask(
     verify: Verify = False,
     sender_at: SenderAt = SENDER,
     receiver_at: ReceiverAt = RECEIVER,
+    creds: Creds = None,
+    insecure: Insecure = False,
+    timeout_s: Timeout = 600.0,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="0: the receiver's default.")] = 0,
     report: ReportFile = None,
     as_json: Json = False,
@@ -106,7 +113,8 @@ def ask(
         answer_here=True,
         explain=report is not None,
     )
-    run(_ask(delivery, at.address, max_new_tokens, as_json, report))
+    link = {"credentials": credentials(creds, insecure), "insecure": insecure, "timeout_s": timeout_s}
+    run(_ask(delivery, at.address, link, max_new_tokens, as_json, report))
 
 
 def require_report(file: Path | None) -> None:
@@ -131,14 +139,19 @@ def write_story(file: Path, story: dict[str, Any]) -> None:
 
 
 async def _ask(
-    delivery: Any, sender_at: str, max_new_tokens: int, as_json: bool, report: Path | None
+    delivery: Any,
+    sender_at: str,
+    link: dict[str, Any],
+    max_new_tokens: int,
+    as_json: bool,
+    report: Path | None,
 ) -> None:
     from kvlink.show import print_json, print_receipt, receipt_dict
     from kvlink.transport.api import Ask
     from kvlink.transport.client import ReceiverClient, SenderClient
 
     screen, done, text = console(), None, ""
-    async with SenderClient(sender_at) as source, ReceiverClient(delivery.receiver) as target:
+    async with SenderClient(sender_at, **link) as source, ReceiverClient(delivery.receiver, **link) as target:
         with progress_bar(
             TextColumn("delivering"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
         ) as bar:

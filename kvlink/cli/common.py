@@ -45,8 +45,23 @@ Verify = Annotated[
 SenderAt = Annotated[str, typer.Option("--sender", help="Address of the sender.")]
 ReceiverAt = Annotated[str, typer.Option("--receiver", help="Address of the receiver.")]
 Listen = Annotated[str, typer.Option(help="host:port to listen on; port 0 picks one.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Listen off loopback without encryption.")]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Listen and dial off loopback without encryption.")
+]
+Creds = Annotated[
+    Path | None,
+    typer.Option(
+        "--credentials", envvar="KVLINK_CREDENTIALS", help="Folder with certificate, key and peers.toml."
+    ),
+]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that a call may take.")]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
+LogFormat = Annotated[str, typer.Option(help="text, or json: one object a line.")]
+StagingDir = Annotated[
+    Path | None, typer.Option("--staging", help="Folder where transfers outlive a restart of the agent.")
+]
+MetricsAt = Annotated[str, typer.Option("--metrics", help="host:port that answers GET /metrics.")]
+TraceTo = Annotated[str, typer.Option("--trace-to", help="URL that takes spans: OTLP over HTTP.")]
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
@@ -114,11 +129,33 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def set_up_log(level: str) -> None:
+def set_up_log(level: str, style: str = "text") -> None:
+    from kvlink.observe import JsonLines
+
     if level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise errors.ConfigError(f"log level must be debug, info, warning or error, got {level!r}")
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if style not in ("text", "json"):
+        raise errors.ConfigError(f"log format must be text or json, got {style!r}")
+    out = logging.StreamHandler()
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+    out.setFormatter(JsonLines() if style == "json" else plain)
+    logging.basicConfig(level=level.upper(), handlers=[out])
+    # Their notes may show what is none of a log's business.
+    for name in ("httpx", "asyncio", "grpc", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def credentials(folder: Path | None, insecure: bool = False) -> Any:
+    """The credentials in a folder, or None. Raises ConfigError, CredentialsError."""
+    if folder is None:
+        return None
+    if insecure:
+        raise errors.ConfigError("--credentials and --insecure exclude each other")
+    from kvlink.transport.credentials import Credentials
+
+    found = Credentials(folder)
+    found.check_valid()
+    return found
 
 
 def open_file(file: Path) -> Any:

@@ -17,9 +17,11 @@ from kvlink.cli.common import (
     Attn,
     Bits,
     Budget,
+    Creds,
     Ctx,
     Device,
     Dtype,
+    Insecure,
     Json,
     Model,
     Quality,
@@ -29,6 +31,7 @@ from kvlink.cli.common import (
     Verify,
     checked_recipe,
     console,
+    credentials,
     open_file,
     quiet,
     read_context,
@@ -41,6 +44,11 @@ def publish(
     context: Ctx,
     sender_at: SenderAt = SENDER,
     lifetime_s: Annotated[int, typer.Option(min=0, help="0: the sender's default.")] = 0,
+    readers: Annotated[
+        list[str] | None, typer.Option("--for", help="Peer that may use the handle too; repeat.")
+    ] = None,
+    creds: Creds = None,
+    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Let a sender read a context and hold it; prints its handle."""
@@ -48,11 +56,11 @@ def publish(
     from kvlink.transport.client import SenderClient
     from kvlink.transport.handle import Handle
 
-    text = read_context(context)
+    text, proof = read_context(context), credentials(creds, insecure)
 
     async def work() -> Any:
-        async with SenderClient(sender_at) as source:
-            return await source.publish(text, lifetime_s)
+        async with SenderClient(sender_at, proof, insecure=insecure) as source:
+            return await source.publish(text, lifetime_s, readers=readers or ())
 
     done = run(work())
     handle = str(Handle(sender_at, done.context_id))
@@ -72,15 +80,15 @@ def publish(
         print(f"{note}; held for {done.lifetime_s} s", file=sys.stderr)
 
 
-def unpublish(handle: str) -> None:
+def unpublish(handle: str, creds: Creds = None, insecure: Insecure = False) -> None:
     """Let the sender forget a published context."""
     from kvlink.transport.client import SenderClient
     from kvlink.transport.handle import Handle
 
-    at = Handle.parse(handle)
+    at, proof = Handle.parse(handle), credentials(creds, insecure)
 
     async def work() -> None:
-        async with SenderClient(at.address) as source:
+        async with SenderClient(at.address, proof, insecure=insecure) as source:
             await source.unpublish(at.context_id)
 
     run(work())
@@ -95,19 +103,22 @@ def fetch(
     bits: Bits = 0.0,
     quality: Quality = 0.0,
     verify: Verify = False,
+    creds: Creds = None,
+    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Pull a published context, reduced for a question, into a .kvl file."""
+    from kvlink.transport.api import Fetch
     from kvlink.transport.client import SenderClient
     from kvlink.transport.handle import Handle
     from kvlink.wire.file import write_frames
 
-    at, recipe = Handle.parse(handle), checked_recipe(recipe)
-    wished = wish(budget, bits, quality, verify)
+    at, proof = Handle.parse(handle), credentials(creds, insecure)
+    wanted = Fetch(at.context_id, question, checked_recipe(recipe), wish(budget, bits, quality, verify))
 
     async def work() -> list[bytes]:
-        async with SenderClient(at.address) as source:
-            return [f async for f in source.fetch(at.context_id, question, recipe, wished)]
+        async with SenderClient(at.address, proof, insecure=insecure) as source:
+            return [frame async for frame in source.fetch(wanted)]
 
     frames = run(work())
     with out.open("wb") as target:

@@ -12,7 +12,25 @@ from typing import Literal, Protocol
 from kvlink.receipt import Capabilities, Receipt
 from kvlink.recipe import Wish
 
-PushState = Literal["accepted", "durable", "complete", "failed"]
+PushState = Literal["accepted", "durable", "complete", "failed", "cancelled"]
+TERMINAL: tuple[PushState, ...] = ("complete", "failed", "cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls. `name`: proven by a certificate, empty where the agent asks for none.
+
+    `readers`: peers that may use what this call leaves behind. `remaining_s`: until the caller's
+    deadline, None where there is none. `trace`: W3C traceparent of the caller's span.
+    """
+
+    name: str = ""
+    readers: tuple[str, ...] = ()
+    remaining_s: float | None = None
+    trace: str = ""
+
+
+NOBODY = Caller()
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +41,7 @@ class PushStatus:
     next_sequence: int
     cache_id: str = ""
     receipt: Receipt = field(default_factory=Receipt)
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +57,10 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What to deliver: a published context or a text to read now, reduced for a question."""
+    """What to deliver: a published context or a text to read now, reduced for a question.
+
+    `delivery_id`: 16 bytes that name it, so that it can be resumed and cancelled.
+    """
 
     receiver: str
     question: str
@@ -48,6 +70,20 @@ class Delivery:
     answer_here: bool = False
     explain: bool = False
     wish: Wish = field(default_factory=Wish)
+    delivery_id: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """What to fetch: a published context, reduced for a question. `transfer_id`: 16 bytes or empty;
+    with the id of a fetch that broke it goes on at `next_sequence`."""
+
+    context_id: str
+    question: str = ""
+    recipe: str = ""
+    wish: Wish = field(default_factory=Wish)
+    transfer_id: bytes = b""
+    next_sequence: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +137,11 @@ class ReceiverHandler(Protocol):
     """What a receiver agent does for its callers."""
 
     def capabilities(self) -> Capabilities: ...
-    def push_cache(self, frames: AsyncIterator[bytes]) -> AsyncIterator[PushStatus]: ...
-    def transfer_status(self, transfer_id: bytes) -> PushStatus: ...
-    def generate(self, ask: Ask) -> AsyncIterator[Piece]: ...
-    def delete_cache(self, cache_id: str) -> None: ...
+    def push_cache(self, frames: AsyncIterator[bytes], caller: Caller) -> AsyncIterator[PushStatus]: ...
+    async def transfer_status(self, transfer_id: bytes, caller: Caller) -> PushStatus: ...
+    async def cancel_transfer(self, transfer_id: bytes, caller: Caller) -> None: ...
+    def generate(self, ask: Ask, caller: Caller) -> AsyncIterator[Piece]: ...
+    def delete_cache(self, cache_id: str, caller: Caller) -> None: ...
     async def put_profile(self, data: bytes) -> bytes: ...
 
 
@@ -112,15 +149,10 @@ class SenderHandler(Protocol):
     """What a sender agent does for its callers."""
 
     def capabilities(self) -> Capabilities: ...
-    async def publish(self, text: str, lifetime_s: int, turns: list[tuple[str, str]]) -> Published: ...
-    def unpublish(self, context_id: str) -> None: ...
-    def fetch_cache(
-        self,
-        context_id: str,
-        question: str,
-        recipe: str,
-        wish: Wish,
-        transfer_id: bytes,
-        next_sequence: int,
-    ) -> AsyncIterator[bytes]: ...
-    def deliver_cache(self, delivery: Delivery) -> AsyncIterator[Progress]: ...
+    async def publish(
+        self, text: str, lifetime_s: int, turns: list[tuple[str, str]], caller: Caller
+    ) -> Published: ...
+    def unpublish(self, context_id: str, caller: Caller) -> None: ...
+    def fetch_cache(self, fetch: Fetch, caller: Caller) -> AsyncIterator[bytes]: ...
+    def deliver_cache(self, delivery: Delivery, caller: Caller) -> AsyncIterator[Progress]: ...
+    async def cancel_delivery(self, delivery_id: bytes, caller: Caller) -> None: ...

@@ -16,6 +16,7 @@ _STATES: dict[PushState, receiver_pb2.TransferState] = {
     "durable": receiver_pb2.TRANSFER_STATE_DURABLE,
     "complete": receiver_pb2.TRANSFER_STATE_COMPLETE,
     "failed": receiver_pb2.TRANSFER_STATE_FAILED,
+    "cancelled": receiver_pb2.TRANSFER_STATE_CANCELLED,
 }
 _STATE_NAMES = {value: name for name, value in _STATES.items()}
 
@@ -121,8 +122,10 @@ def push_status_to_proto(status: PushStatus) -> receiver_pb2.PushCacheResponse:
 def push_status_from_proto(
     message: receiver_pb2.PushCacheResponse | receiver_pb2.GetTransferStatusResponse,
 ) -> PushStatus:
-    receipt = Receipt()
+    receipt, why = Receipt(), ""
     if isinstance(message, receiver_pb2.PushCacheResponse):
         receipt = receipt_from_proto(message.receipt)
+    else:
+        why = message.why
     state = _STATE_NAMES.get(message.state, "failed")
-    return PushStatus(state, message.next_sequence, message.cache_id, receipt)
+    return PushStatus(state, message.next_sequence, message.cache_id, receipt, why)

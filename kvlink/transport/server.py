@@ -1,7 +1,7 @@
 """Servers: the two services, health and reflection, on one port.
 
-Off loopback a server refuses to start without `insecure=True` in so many words: a KV cache can
-be inverted to the text it was made from, and this release has no certificates yet.
+Off loopback a server refuses to start without credentials, or `insecure=True` in so many words: a
+KV cache can be inverted to the text it was made from.
 
 Does not know: models, codecs, what a frame says. Place on the path: the edge of both agents.
 """
@@ -12,8 +12,10 @@ import asyncio
 import ipaddress
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -21,11 +23,12 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from kvlink.errors import AccessError, ConfigError, KvlinkError
+from kvlink.errors import AccessError, ConfigError
 from kvlink.recipe import Wish
 from kvlink.transport import convert
-from kvlink.transport.api import Ask, Delivery, ReceiverHandler, SenderHandler
-from kvlink.transport.status import to_status
+from kvlink.transport.api import Ask, Caller, Delivery, Fetch, ReceiverHandler, SenderHandler
+from kvlink.transport.calls import Guard, stream, unary
+from kvlink.transport.credentials import Credentials
 from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
 
 log = logging.getLogger("kvlink.transport")
@@ -39,9 +42,11 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 20_000),  # on a slow line the answer waits behind a chunk
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_connection_age_ms", 1_800_000),  # a peer whose certificate has expired must come again
+    ("grpc.http2.lookahead_bytes", 4_000_000),  # a window for a fast line with a long way
 ]
 
 
@@ -63,47 +68,13 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def check_listen(address: str, insecure: bool) -> None:
+def check_open(address: str, insecure: bool, doing: str = "listen on") -> None:
     """Raise AccessError for an address off loopback unless told `insecure` in so many words."""
     if not insecure and not is_loopback(address):
         raise AccessError(
-            f"refusing to listen on {address}: traffic off loopback is not encrypted in this release and a KV "
-            "cache reveals the text it was made from; say --insecure if the network is yours alone"
+            f"refusing to {doing} {address} without encryption: a KV cache reveals the text it was made from; "
+            "give --credentials (see 'kvlink certs init'), or --insecure if the network is yours alone"
         )
-
-
-async def _refuse(context: Any, error: Exception) -> None:
-    """End a call with the error's status; what is not ours is logged and told as internal."""
-    if not isinstance(error, KvlinkError):
-        log.exception("a call failed")
-        error = KvlinkError(f"internal error: {type(error).__name__}; the agent's log has more")
-    else:
-        log.info("refused: %s: %s", type(error).__name__, error)
-    await context.abort_with_status(to_status(error))
-
-
-def _unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    async def call(self: Any, request: Any, context: Any) -> Any:
-        try:
-            return await method(self, request, context)
-        except Exception as error:
-            await _refuse(context, error)
-
-    return call
-
-
-def _stream(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-    async def call(self: Any, request: Any, context: Any) -> AsyncIterator[Any]:
-        answers = method(self, request, context)
-        try:
-            async for message in answers:
-                yield message
-        except Exception as error:
-            await _refuse(context, error)
-        finally:
-            await answers.aclose()  # type: ignore[attr-defined]
-
-    return call
 
 
 def _wish(request: Any) -> Wish:
@@ -111,58 +82,66 @@ def _wish(request: Any) -> Wish:
 
 
 class _Agent:
-    """What both services answer alike."""
-
-    def __init__(self, handler: Any) -> None:
+    def __init__(self, handler: Any, guard: Guard) -> None:
         self._handler = handler
+        self.guard = guard
 
-    @_unary
-    async def GetCapabilities(self, request: Any, context: Any) -> Any:
+    @unary
+    async def GetCapabilities(self, request: Any, caller: Caller) -> Any:
         proto = convert.capabilities_to_proto(self._handler.capabilities())
         return common_pb2.GetCapabilitiesResponse(capabilities=proto)
 
 
 class _Receiver(_Agent):
-    @_stream
-    async def PushCache(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
-        async for status in self._handler.push_cache(requests):
-            yield convert.push_status_to_proto(status)
+    @stream(lambda: receiver_pb2.PushCacheResponse(state=receiver_pb2.TRANSFER_STATE_ACCEPTED))
+    async def PushCache(self, requests: AsyncIterator[bytes], caller: Caller) -> AsyncIterator[Any]:
+        async with aclosing(self._handler.push_cache(requests, caller)) as statuses:
+            async for status in statuses:
+                yield convert.push_status_to_proto(status)
 
-    @_unary
-    async def GetTransferStatus(self, request: Any, context: Any) -> Any:
-        status = convert.push_status_to_proto(self._handler.transfer_status(request.transfer_id))
+    @unary
+    async def GetTransferStatus(self, request: Any, caller: Caller) -> Any:
+        found = await self._handler.transfer_status(request.transfer_id, caller)
+        status = convert.push_status_to_proto(found)
         return receiver_pb2.GetTransferStatusResponse(
-            state=status.state, next_sequence=status.next_sequence, cache_id=status.cache_id
+            state=status.state, next_sequence=status.next_sequence, cache_id=status.cache_id, why=found.why
         )
 
-    @_stream
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    @unary
+    async def CancelTransfer(self, request: Any, caller: Caller) -> Any:
+        await self._handler.cancel_transfer(request.transfer_id, caller)
+        return receiver_pb2.CancelTransferResponse()
+
+    @stream(receiver_pb2.GenerateResponse)
+    async def Generate(self, request: Any, caller: Caller) -> AsyncIterator[Any]:
         ask = Ask(
             request.cache_id, request.question, request.max_new_tokens, request.temperature, request.seed
         )
-        async for piece in self._handler.generate(ask):
-            yield receiver_pb2.GenerateResponse(
-                text=piece.text,
-                token_ids=piece.token_ids,
-                done=piece.done,
-                receipt=convert.receipt_to_proto(piece.receipt) if piece.done else None,
-            )
+        async with aclosing(self._handler.generate(ask, caller)) as pieces:
+            async for piece in pieces:
+                yield receiver_pb2.GenerateResponse(
+                    text=piece.text,
+                    token_ids=piece.token_ids,
+                    done=piece.done,
+                    receipt=convert.receipt_to_proto(piece.receipt) if piece.done else None,
+                )
 
-    @_unary
-    async def DeleteCache(self, request: Any, context: Any) -> Any:
-        self._handler.delete_cache(request.cache_id)
+    @unary
+    async def DeleteCache(self, request: Any, caller: Caller) -> Any:
+        self._handler.delete_cache(request.cache_id, caller)
         return receiver_pb2.DeleteCacheResponse()
 
-    @_unary
-    async def PutProfile(self, request: Any, context: Any) -> Any:
+    @unary
+    async def PutProfile(self, request: Any, caller: Caller) -> Any:
         return receiver_pb2.PutProfileResponse(digest=await self._handler.put_profile(request.data))
 
 
 class _Sender(_Agent):
-    @_unary
-    async def PublishContext(self, request: Any, context: Any) -> Any:
+    @unary
+    async def PublishContext(self, request: Any, caller: Caller) -> Any:
         turns = [(turn.role, turn.content) for turn in request.earlier_turns]
-        done = await self._handler.publish(request.text, request.lifetime_s, turns)
+        told = replace(caller, readers=tuple(request.readers))
+        done = await self._handler.publish(request.text, request.lifetime_s, turns, told)
         return sender_pb2.PublishContextResponse(
             context_id=done.context_id,
             context_tokens=done.context_tokens,
@@ -171,14 +150,14 @@ class _Sender(_Agent):
             lifetime_s=done.lifetime_s,
         )
 
-    @_unary
-    async def UnpublishContext(self, request: Any, context: Any) -> Any:
-        self._handler.unpublish(request.context_id)
+    @unary
+    async def UnpublishContext(self, request: Any, caller: Caller) -> Any:
+        self._handler.unpublish(request.context_id, caller)
         return sender_pb2.UnpublishContextResponse()
 
-    @_stream
-    async def FetchCache(self, request: Any, context: Any) -> AsyncIterator[bytes]:
-        frames = self._handler.fetch_cache(
+    @stream()
+    async def FetchCache(self, request: Any, caller: Caller) -> AsyncIterator[bytes]:
+        fetch = Fetch(
             request.context_id,
             request.question,
             request.recipe,
@@ -186,11 +165,12 @@ class _Sender(_Agent):
             request.transfer_id,
             request.next_sequence,
         )
-        async for frame in frames:
-            yield frame
+        async with aclosing(self._handler.fetch_cache(fetch, caller)) as frames:
+            async for frame in frames:
+                yield frame
 
-    @_stream
-    async def DeliverCache(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    @stream(sender_pb2.DeliverCacheResponse)
+    async def DeliverCache(self, request: Any, caller: Caller) -> AsyncIterator[Any]:
         delivery = Delivery(
             receiver=request.receiver,
             question=request.question,
@@ -200,17 +180,24 @@ class _Sender(_Agent):
             wish=_wish(request),
             answer_here=request.answer_here,
             explain=request.explain,
+            delivery_id=request.delivery_id,
         )
-        async for progress in self._handler.deliver_cache(delivery):
-            yield sender_pb2.DeliverCacheResponse(
-                sent_bytes=progress.sent_bytes,
-                total_bytes=progress.total_bytes,
-                done=progress.done,
-                cache_id=progress.cache_id,
-                sender_answer=progress.sender_answer,
-                receipt=convert.receipt_to_proto(progress.receipt) if progress.done else None,
-                explanation=convert.explanation_to_proto(progress.explanation),
-            )
+        async with aclosing(self._handler.deliver_cache(delivery, caller)) as told:
+            async for progress in told:
+                yield sender_pb2.DeliverCacheResponse(
+                    sent_bytes=progress.sent_bytes,
+                    total_bytes=progress.total_bytes,
+                    done=progress.done,
+                    cache_id=progress.cache_id,
+                    sender_answer=progress.sender_answer,
+                    receipt=convert.receipt_to_proto(progress.receipt) if progress.done else None,
+                    explanation=convert.explanation_to_proto(progress.explanation),
+                )
+
+    @unary
+    async def CancelDelivery(self, request: Any, caller: Caller) -> Any:
+        await self._handler.cancel_delivery(request.delivery_id, caller)
+        return sender_pb2.CancelDeliveryResponse()
 
 
 def _handlers(service: Any, servicer: Any) -> Any:
@@ -241,17 +228,21 @@ class Server:
         receiver: ReceiverHandler | None = None,
         sender: SenderHandler | None = None,
         insecure: bool = False,
+        credentials: Credentials | None = None,
     ) -> None:
-        check_listen(address, insecure)
+        if credentials is None:
+            check_open(address, insecure)
         self._address = address
+        self._credentials = credentials
+        guard = Guard(credentials)
         self._server = grpc.aio.server(options=_OPTIONS)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._names: list[str] = []
         if receiver is not None:
-            self._add(receiver_pb2.DESCRIPTOR.services_by_name["ReceiverService"], _Receiver(receiver))
+            self._add(receiver_pb2.DESCRIPTOR.services_by_name["ReceiverService"], _Receiver(receiver, guard))
         if sender is not None:
-            self._add(sender_pb2.DESCRIPTOR.services_by_name["SenderService"], _Sender(sender))
+            self._add(sender_pb2.DESCRIPTOR.services_by_name["SenderService"], _Sender(sender, guard))
         reflection.enable_server_reflection(
             [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
         )
@@ -263,9 +254,12 @@ class Server:
 
     async def start(self) -> int:
         """Listen and return the port. Raises ConfigError where the port is taken."""
-        host, port = split_address(self._address)
+        host, _ = split_address(self._address)
         try:
-            self.port = self._server.add_insecure_port(self._address)
+            if self._credentials is None:
+                self.port = self._server.add_insecure_port(self._address)
+            else:
+                self.port = self._server.add_secure_port(self._address, self._credentials.server())
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {self._address}: is the port taken? ({error})") from error
         if self.port == 0:
@@ -273,7 +267,8 @@ class Server:
         await self._server.start()
         for name in ("", *self._names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        log.info("listening on %s:%d (%s)", host, self.port, ", ".join(self._names))
+        how = "TLS, both sides prove who they are" if self._credentials else "not encrypted"
+        log.info("listening on %s:%d (%s; %s)", host, self.port, ", ".join(self._names), how)
         return self.port
 
     async def stop(self, grace_s: float = 5.0) -> None:

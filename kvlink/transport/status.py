@@ -31,8 +31,10 @@ CODES: dict[type[KvlinkError], grpc.StatusCode] = {
     errors.LocalProtocolError: grpc.StatusCode.INTERNAL,
     errors.RemoteProtocolError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.LimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.AccessError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.CredentialsError: grpc.StatusCode.UNAUTHENTICATED,
     errors.TransportError: grpc.StatusCode.UNAVAILABLE,
     errors.PeerUnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -50,13 +52,13 @@ _FALLBACK: dict[grpc.StatusCode, type[KvlinkError]] = {
     grpc.StatusCode.NOT_FOUND: errors.NotFoundError,
     grpc.StatusCode.UNIMPLEMENTED: errors.RemoteProtocolError,
     grpc.StatusCode.PERMISSION_DENIED: errors.AccessError,
-    grpc.StatusCode.UNAUTHENTICATED: errors.AccessError,
+    grpc.StatusCode.UNAUTHENTICATED: errors.CredentialsError,
     grpc.StatusCode.INVALID_ARGUMENT: errors.InputError,
 }
 
 
 def to_status(error: KvlinkError) -> grpc.Status:
-    """The rich status of an error: code, message, class name as the reason."""
+    """The rich status of an error: code, message, class name as the reason, when to try again."""
     code = CODES[type(error)]
     proto = status_pb2.Status(code=code.value[0], message=str(error))
     proto.details.add().Pack(
@@ -66,16 +68,25 @@ def to_status(error: KvlinkError) -> grpc.Status:
             metadata={"retryable": str(error.retryable).lower()},
         )
     )
+    if isinstance(error, errors.BusyError):
+        hint = error_details_pb2.RetryInfo()
+        hint.retry_delay.FromMilliseconds(round(1000 * error.retry_after_s))
+        proto.details.add().Pack(hint)
     return rpc_status.to_status(proto)
 
 
 def from_rpc_error(error: grpc.RpcError, peer: str) -> KvlinkError:
     """The error that the peer raised, or the nearest one for what gRPC itself reports."""
     proto = rpc_status.from_call(error)
-    if proto is not None:
-        for detail in proto.details:
-            info = error_details_pb2.ErrorInfo()
-            if detail.Unpack(info) and info.domain == _DOMAIN and info.reason in _BY_NAME:
-                return _BY_NAME[info.reason](f"{peer}: {proto.message}")
+    found: KvlinkError | None = None
+    info, hint = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    for detail in proto.details if proto is not None else ():
+        if detail.Unpack(info) and info.domain == _DOMAIN and info.reason in _BY_NAME:
+            found = _BY_NAME[info.reason](f"{peer}: {proto.message}")
+            found.reported = True
+        elif detail.Unpack(hint) and isinstance(found, errors.BusyError):
+            found.retry_after_s = hint.retry_delay.ToMilliseconds() / 1000
+    if found is not None:
+        return found
     code, text = error.code(), error.details() or "no details"
     return _FALLBACK.get(code, errors.KvlinkError)(f"{peer}: {code.name.lower()}: {text}")

@@ -16,11 +16,13 @@ class TransferState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRANSFER_STATE_DURABLE: _ClassVar[TransferState]
     TRANSFER_STATE_COMPLETE: _ClassVar[TransferState]
     TRANSFER_STATE_FAILED: _ClassVar[TransferState]
+    TRANSFER_STATE_CANCELLED: _ClassVar[TransferState]
 TRANSFER_STATE_UNSPECIFIED: TransferState
 TRANSFER_STATE_ACCEPTED: TransferState
 TRANSFER_STATE_DURABLE: TransferState
 TRANSFER_STATE_COMPLETE: TransferState
 TRANSFER_STATE_FAILED: TransferState
+TRANSFER_STATE_CANCELLED: TransferState
 
 class PutProfileRequest(_message.Message):
     __slots__ = ("data",)
@@ -53,14 +55,26 @@ class GetTransferStatusRequest(_message.Message):
     def __init__(self, transfer_id: _Optional[bytes] = ...) -> None: ...
 
 class GetTransferStatusResponse(_message.Message):
-    __slots__ = ("state", "next_sequence", "cache_id")
+    __slots__ = ("state", "next_sequence", "cache_id", "why")
     STATE_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     CACHE_ID_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
     state: TransferState
     next_sequence: int
     cache_id: str
-    def __init__(self, state: _Optional[_Union[TransferState, str]] = ..., next_sequence: _Optional[int] = ..., cache_id: _Optional[str] = ...) -> None: ...
+    why: str
+    def __init__(self, state: _Optional[_Union[TransferState, str]] = ..., next_sequence: _Optional[int] = ..., cache_id: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+
+class CancelTransferRequest(_message.Message):
+    __slots__ = ("transfer_id",)
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: bytes
+    def __init__(self, transfer_id: _Optional[bytes] = ...) -> None: ...
+
+class CancelTransferResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("cache_id", "question", "max_new_tokens", "temperature", "seed")

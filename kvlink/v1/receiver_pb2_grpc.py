@@ -56,6 +56,11 @@ class ReceiverServiceStub(object):
                 request_serializer=kvlink_dot_v1_dot_receiver__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=kvlink_dot_v1_dot_receiver__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.CancelTransfer = channel.unary_unary(
+                '/kvlink.v1.ReceiverService/CancelTransfer',
+                request_serializer=kvlink_dot_v1_dot_receiver__pb2.CancelTransferRequest.SerializeToString,
+                response_deserializer=kvlink_dot_v1_dot_receiver__pb2.CancelTransferResponse.FromString,
+                _registered_method=True)
         self.DeleteCache = channel.unary_unary(
                 '/kvlink.v1.ReceiverService/DeleteCache',
                 request_serializer=kvlink_dot_v1_dot_receiver__pb2.DeleteCacheRequest.SerializeToString,
@@ -81,6 +86,12 @@ class ReceiverServiceServicer(object):
         """Frames in, status out. The sender MUST wait for ACCEPTED before it sends anything but the
         manifest, and continues at `next_sequence`. Frames travel as their own bytes (the digest runs
         over them), which is why the request is the bare Frame.
+
+        A second stream with the same transfer id and manifest, by the same peer, goes on where the
+        first one broke; while the first one lives it takes it over. A transfer that is complete is
+        answered with COMPLETE at once, one that has failed or was cancelled stays so: a new attempt
+        needs a new id. Another peer is refused. Metadata `kvlink-for: NAME` (repeated) names peers that
+        may generate from the cache beside the one that sends it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,6 +106,13 @@ class ReceiverServiceServicer(object):
 
     def Generate(self, request, context):
         """Answer a question from a context held here, token by token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelTransfer(self, request, context):
+        """Give up a transfer that is on its way; its memory is free at once. Unknown ids are fine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,6 +153,11 @@ def add_ReceiverServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=kvlink_dot_v1_dot_receiver__pb2.GenerateRequest.FromString,
                     response_serializer=kvlink_dot_v1_dot_receiver__pb2.GenerateResponse.SerializeToString,
+            ),
+            'CancelTransfer': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelTransfer,
+                    request_deserializer=kvlink_dot_v1_dot_receiver__pb2.CancelTransferRequest.FromString,
+                    response_serializer=kvlink_dot_v1_dot_receiver__pb2.CancelTransferResponse.SerializeToString,
             ),
             'DeleteCache': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteCache,
@@ -255,6 +278,33 @@ class ReceiverService(object):
             '/kvlink.v1.ReceiverService/Generate',
             kvlink_dot_v1_dot_receiver__pb2.GenerateRequest.SerializeToString,
             kvlink_dot_v1_dot_receiver__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelTransfer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvlink.v1.ReceiverService/CancelTransfer',
+            kvlink_dot_v1_dot_receiver__pb2.CancelTransferRequest.SerializeToString,
+            kvlink_dot_v1_dot_receiver__pb2.CancelTransferResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,14 +17,16 @@ class Turn(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class PublishContextRequest(_message.Message):
-    __slots__ = ("text", "lifetime_s", "earlier_turns")
+    __slots__ = ("text", "lifetime_s", "earlier_turns", "readers")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LIFETIME_S_FIELD_NUMBER: _ClassVar[int]
     EARLIER_TURNS_FIELD_NUMBER: _ClassVar[int]
+    READERS_FIELD_NUMBER: _ClassVar[int]
     text: str
     lifetime_s: int
     earlier_turns: _containers.RepeatedCompositeFieldContainer[Turn]
-    def __init__(self, text: _Optional[str] = ..., lifetime_s: _Optional[int] = ..., earlier_turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ...) -> None: ...
+    readers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, text: _Optional[str] = ..., lifetime_s: _Optional[int] = ..., earlier_turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., readers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PublishContextResponse(_message.Message):
     __slots__ = ("context_id", "context_tokens", "cache_bytes", "prefill_s", "lifetime_s")
@@ -77,7 +79,7 @@ class FetchCacheRequest(_message.Message):
     def __init__(self, context_id: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., deadline_s: _Optional[float] = ..., base_digest: _Optional[bytes] = ..., transfer_id: _Optional[bytes] = ..., next_sequence: _Optional[int] = ..., verify: bool = ..., max_bits: _Optional[float] = ..., quality: _Optional[float] = ...) -> None: ...
 
 class DeliverCacheRequest(_message.Message):
-    __slots__ = ("context_id", "text", "question", "recipe", "budget_bytes", "receiver", "answer_here", "explain", "verify", "max_bits", "quality")
+    __slots__ = ("context_id", "text", "question", "recipe", "budget_bytes", "receiver", "answer_here", "explain", "verify", "max_bits", "quality", "delivery_id")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     QUESTION_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +91,7 @@ class DeliverCacheRequest(_message.Message):
     VERIFY_FIELD_NUMBER: _ClassVar[int]
     MAX_BITS_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
+    DELIVERY_ID_FIELD_NUMBER: _ClassVar[int]
     context_id: str
     text: str
     question: str
@@ -100,7 +103,18 @@ class DeliverCacheRequest(_message.Message):
     verify: bool
     max_bits: float
     quality: float
-    def __init__(self, context_id: _Optional[str] = ..., text: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., receiver: _Optional[str] = ..., answer_here: bool = ..., explain: bool = ..., verify: bool = ..., max_bits: _Optional[float] = ..., quality: _Optional[float] = ...) -> None: ...
+    delivery_id: bytes
+    def __init__(self, context_id: _Optional[str] = ..., text: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., receiver: _Optional[str] = ..., answer_here: bool = ..., explain: bool = ..., verify: bool = ..., max_bits: _Optional[float] = ..., quality: _Optional[float] = ..., delivery_id: _Optional[bytes] = ...) -> None: ...
+
+class CancelDeliveryRequest(_message.Message):
+    __slots__ = ("delivery_id",)
+    DELIVERY_ID_FIELD_NUMBER: _ClassVar[int]
+    delivery_id: bytes
+    def __init__(self, delivery_id: _Optional[bytes] = ...) -> None: ...
+
+class CancelDeliveryResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Explanation(_message.Message):
     __slots__ = ("tokens", "need", "kept")

@@ -61,6 +61,11 @@ class SenderServiceStub(object):
                 request_serializer=kvlink_dot_v1_dot_sender__pb2.DeliverCacheRequest.SerializeToString,
                 response_deserializer=kvlink_dot_v1_dot_sender__pb2.DeliverCacheResponse.FromString,
                 _registered_method=True)
+        self.CancelDelivery = channel.unary_unary(
+                '/kvlink.v1.SenderService/CancelDelivery',
+                request_serializer=kvlink_dot_v1_dot_sender__pb2.CancelDeliveryRequest.SerializeToString,
+                response_deserializer=kvlink_dot_v1_dot_sender__pb2.CancelDeliveryResponse.FromString,
+                _registered_method=True)
 
 
 class SenderServiceServicer(object):
@@ -99,6 +104,13 @@ class SenderServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CancelDelivery(self, request, context):
+        """Give up a delivery; its memory is free at both ends. Unknown ids are fine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SenderServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +138,11 @@ def add_SenderServiceServicer_to_server(servicer, server):
                     servicer.DeliverCache,
                     request_deserializer=kvlink_dot_v1_dot_sender__pb2.DeliverCacheRequest.FromString,
                     response_serializer=kvlink_dot_v1_dot_sender__pb2.DeliverCacheResponse.SerializeToString,
+            ),
+            'CancelDelivery': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelDelivery,
+                    request_deserializer=kvlink_dot_v1_dot_sender__pb2.CancelDeliveryRequest.FromString,
+                    response_serializer=kvlink_dot_v1_dot_sender__pb2.CancelDeliveryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +280,33 @@ class SenderService(object):
             '/kvlink.v1.SenderService/DeliverCache',
             kvlink_dot_v1_dot_sender__pb2.DeliverCacheRequest.SerializeToString,
             kvlink_dot_v1_dot_sender__pb2.DeliverCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelDelivery(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvlink.v1.SenderService/CancelDelivery',
+            kvlink_dot_v1_dot_sender__pb2.CancelDeliveryRequest.SerializeToString,
+            kvlink_dot_v1_dot_sender__pb2.CancelDeliveryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,7 +25,7 @@ from kvlink.errors import (
 )
 from kvlink.model.restore import cache_shape
 from kvlink.recipe import Wish
-from kvlink.transport.api import Ask, PushStatus
+from kvlink.transport.api import Ask, Fetch, PushStatus
 from kvlink.transport.client import grpc_bytes
 from kvlink.wire.session import ReceiveSession, SendSession
 from tests.agent.conftest import QUESTION, TEXT
@@ -102,7 +102,7 @@ async def test_earlier_turns_are_part_of_what_is_read(pair):
 
 async def test_a_fetch_gives_frames_that_a_receiver_restores(pair):
     published = await pair.source.publish(TEXT)
-    frames = [f async for f in pair.source.fetch(published.context_id, QUESTION, "raw")]
+    frames = [f async for f in pair.source.fetch(Fetch(published.context_id, QUESTION, "raw"))]
     receiver = Receiver(pair.receiver._receiver.lm)
     own = pair.sender._sender.answer(pair.sender._sender.read(TEXT), QUESTION)
     assert receiver.answer(receiver.receive(frames), QUESTION).token_ids == own.token_ids
@@ -150,7 +150,7 @@ async def test_one_corrupted_chunk_means_an_error_and_no_generation(pair):
             await pair.deliver("raw", receiver=f"127.0.0.1:{wire.port}")
         assert len(wire.seen) > 30_000
     assert len(pair.receiver.store) == 0, "nothing was kept that could be answered from"
-    assert pair.receiver._staged == {}
+    assert pair.receiver._incoming == {}
 
 
 @pytest.mark.parametrize("cut_after", [2_000, 40_000, 60_000])
@@ -225,10 +225,10 @@ async def test_broken_transfers_and_old_caches_are_forgotten(pair, small_chunks)
     with pytest.raises(TruncatedError):
         async for _ in pair.receiver.push_cache(half()):
             pass
-    assert len(pair.receiver._staged) == 1
+    assert len(pair.receiver._incoming) == 1
     pair.receiver.settings = replace(pair.receiver.settings, resume_lifetime_s=-1.0)
     pair.receiver.sweep()
-    assert pair.receiver._staged == {}
+    assert pair.receiver._incoming == {}
     pair.receiver.store.reserve(pair.receiver.store.max_bytes)  # all room was given back
 
 
@@ -380,7 +380,7 @@ async def test_what_does_not_fit_is_refused_before_it_is_taken(pair):
     assert pair.receiver.store.held_bytes == 0
 
 
-@pytest.mark.parametrize("receiver_settings", [ReceiverSettings(max_transfers=0)], indirect=True)
+@pytest.mark.parametrize("receiver_settings", [ReceiverSettings(max_transfers=0, wait_s=0.1)], indirect=True)
 async def test_transfers_at_a_time_are_bounded(pair):
     with pytest.raises(LimitError, match="at most 0 transfers"):
         await pair.deliver("raw")

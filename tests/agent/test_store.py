@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvlink.agent.store import Store
-from kvlink.errors import LimitError, NotFoundError
+from kvlink.errors import BusyError, LimitError, NotFoundError
 
 
 class Clock:
@@ -80,3 +80,78 @@ def test_deleting_twice_is_an_error(store):
     store.delete(key)
     with pytest.raises(NotFoundError):
         store.delete(key)
+
+
+def test_values_are_there_for_their_owner_and_readers_only(store):
+    key = store.put("x", 1, owner="anna", readers=["bert"])
+    for who in ("anna", "bert"):
+        assert store.get(key, who) == "x"
+    for call in (store.get, store.delete):
+        with pytest.raises(NotFoundError) as refused:
+            call(key, "carl")
+        with pytest.raises(NotFoundError) as unknown:
+            call("unknown", "carl")
+        assert str(refused.value) == str(unknown.value), "trying tells nothing"
+
+
+def test_a_value_in_use_stays_whole_until_its_user_is_done(clock):
+    wiped: list[str] = []
+    store: Store[str] = Store("cache", 100, 10.0, clock, wipe=wiped.append)
+    key = store.put("x", 60)
+    with store.lease(key) as value:
+        clock.now += 11
+        assert key not in store
+        assert value == "x"
+        assert wiped == []
+        with pytest.raises(BusyError):
+            store.put("y", 60)  # its memory is not free yet
+    assert wiped == ["x"]
+    store.put("y", 60)
+
+
+@pytest.mark.parametrize("end", ["expire", "delete", "push out"])
+def test_what_is_gone_is_wiped(clock, end):
+    wiped: list[str] = []
+    store: Store[str] = Store("cache", 100, 10.0, clock, wipe=wiped.append)
+    key = store.put("x", 60)
+    if end == "expire":
+        clock.now += 11
+        store.sweep()
+    elif end == "delete":
+        store.delete(key)
+    else:
+        store.put("y", 60)
+    assert wiped == ["x"]
+
+
+def test_one_owner_has_a_bound_of_its_own(clock):
+    store: Store[str] = Store("cache", 100, 10.0, clock, max_owner_bytes=50)
+    first = store.put("a1", 40, owner="anna")
+    other = store.put("b", 40, owner="bert")
+    store.put("a2", 40, owner="anna")
+    with pytest.raises(NotFoundError):
+        store.get(first, "anna")
+    assert store.get(other, "bert") == "b", "somebody else's value made no room"
+    with pytest.raises(LimitError, match="at most 50 are held for one peer"):
+        store.put("a3", 51, owner="anna")
+
+
+def test_ones_own_values_make_room_before_those_of_others(store):
+    older = store.put("b", 40, owner="bert")
+    own = store.put("a", 40, owner="anna")
+    store.put("a2", 40, owner="anna")
+    assert store.get(older, "bert") == "b"
+    with pytest.raises(NotFoundError):
+        store.get(own, "anna")
+
+
+def test_a_value_that_nobody_has_used_yet_makes_no_room_for_a_while(clock):
+    store: Store[str] = Store("cache", 100, 60.0, clock, fresh_s=5.0)
+    key = store.put("x", 60)
+    with pytest.raises(BusyError, match="try again later") as caught:
+        store.put("y", 60)
+    assert 0 < caught.value.retry_after_s <= 5
+    clock.now += 6
+    store.put("y", 60)
+    with pytest.raises(NotFoundError):
+        store.get(key)

@@ -1,0 +1,152 @@
+"""Packed transfers that have a name: what was packed once is not packed again.
+
+A caller that names its delivery can ask for it once more, over a new connection or from a new life of
+the sender, and gets the same frames. Kept for a while in memory, and on disk where there is staging.
+
+Does not know: sockets, what a request says (only whether it is the same one). Place on the path:
+between packing and pushing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from kvlink.agent.sender import Transfer
+from kvlink.agent.staging import Staging
+from kvlink.errors import AccessError, RemoteProtocolError
+from kvlink.receipt import Receipt
+from kvlink.wire.messages import TRANSFER_ID_BYTES
+from kvlink.wire.session import ReceiveSession
+
+
+@dataclass(slots=True)
+class Packed:
+    """A named transfer. `request`: digest of what was asked for. `transfer`: once it is packed."""
+
+    owner: str
+    request: str
+    transfer: Transfer | None = None
+    receiver: str = ""
+    busy: int = 0
+    touched_at: float = field(default_factory=time.monotonic)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.transfer.frames)) if self.transfer else 0
+
+
+class Outbox:
+    """Packed transfers by id, each for `lifetime_s` after its last use, at most `max_bytes` in memory.
+
+    Where there is no more room the oldest ones that nobody uses go; with `staging` they stay on disk.
+    """
+
+    def __init__(self, lifetime_s: float, max_bytes: int, staging: Staging | None = None) -> None:
+        self.lifetime_s = lifetime_s
+        self._max_bytes = max_bytes
+        self._staging = staging
+        self._packed: dict[bytes, Packed] = {}
+        self._known = {key: time.monotonic() for key in staging or ()}
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of frames in memory."""
+        return sum(packed.nbytes for packed in self._packed.values())
+
+    async def get(
+        self, key: bytes, owner: str, request: str, pack: Callable[[], Awaitable[Transfer]]
+    ) -> Packed:
+        """The transfer of that name, packed by `pack()` if it is the first time. Counts as in use.
+
+        Raises RemoteProtocolError (another request under the same name), AccessError (another peer's).
+        """
+        if len(key) != TRANSFER_ID_BYTES:
+            raise RemoteProtocolError(f"a transfer's id has {TRANSFER_ID_BYTES} bytes, got {len(key)}")
+        packed = self._packed.get(key) or self._from_disk(key) or Packed(owner, request)
+        if packed.owner != owner:
+            raise AccessError("this id is taken")
+        if packed.request != request:
+            raise RemoteProtocolError(
+                "this id belongs to another request; a new request needs an id of its own"
+            )
+        self._packed[key] = packed
+        packed.busy += 1
+        try:
+            async with packed.lock:
+                if packed.transfer is None:
+                    packed.transfer = await pack()
+                    self._make_room(packed.nbytes)
+                    self._keep(key, packed)
+        except BaseException:
+            self.leave(packed)
+            if packed.transfer is None and not packed.busy:
+                self._packed.pop(key, None)
+            raise
+        return packed
+
+    def leave(self, packed: Packed) -> None:
+        """The counterpart of `get`."""
+        packed.busy -= 1
+        packed.touched_at = time.monotonic()
+
+    def peek(self, key: bytes, owner: str) -> Packed | None:
+        """The transfer of that name if it is here and `owner`'s."""
+        packed = self._packed.get(key) or self._from_disk(key)
+        return packed if packed is not None and packed.owner == owner else None
+
+    def forget(self, key: bytes) -> None:
+        """Drop a transfer, on disk too."""
+        self._packed.pop(key, None)
+        self._known.pop(key, None)
+        if self._staging is not None:
+            self._staging.forget(key)
+
+    def sweep(self) -> None:
+        """Drop what nobody has asked for again within the lifetime."""
+        oldest = time.monotonic() - self.lifetime_s
+        for key, packed in list(self._packed.items()):
+            if not packed.busy and packed.touched_at < oldest:
+                self.forget(key)
+        for key, at in list(self._known.items()):
+            if at < oldest and key not in self._packed:
+                self.forget(key)
+
+    def _make_room(self, nbytes: int) -> None:
+        for key, packed in sorted(self._packed.items(), key=lambda item: item[1].touched_at):
+            if self.held_bytes <= self._max_bytes:
+                return
+            if not packed.busy:
+                del self._packed[key]
+
+    def _keep(self, key: bytes, packed: Packed) -> None:
+        if self._staging is None or packed.transfer is None:
+            return
+        told = packed.transfer.receipt.to_dict()
+        notes = {"owner": packed.owner, "request": packed.request, "receipt": told}
+        self._staging.keep(key, packed.transfer.frames, notes)
+        self._known[key] = time.monotonic()
+
+    def _from_disk(self, key: bytes) -> Packed | None:
+        """A transfer that an earlier life of the sender has packed, if all of it is there."""
+        if self._staging is None or key not in self._known:
+            return None
+        notes = self._staging.notes(key)
+        found = self._staging.resume(key)
+        if found is None:
+            return None
+        file, frames = found
+        file.close()
+        session = ReceiveSession()
+        for frame in frames:
+            session.receive(frame)
+        if session.state != "done" or session.manifest is None or "receipt" not in notes:
+            return None
+        transfer = Transfer(session.manifest, tuple(frames), Receipt.from_dict(notes["receipt"]))
+        return Packed(str(notes.get("owner", "")), str(notes.get("request", "")), transfer)

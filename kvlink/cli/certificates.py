@@ -1,0 +1,110 @@
+"""Commands that make, add to, renew and show the credentials of a network of agents.
+
+Does not know: how certificates are made. Place on the path: the face of the package.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvlink import errors
+from kvlink.cli.common import RECEIVER, SENDER, Json
+
+app = typer.Typer(no_args_is_help=True, help="Certificates and tokens for agents and their clients.")
+
+Network = Annotated[Path, typer.Argument(help="Folder of the network: one folder a peer, and authority/.")]
+Days = Annotated[float, typer.Option(help="Days that certificates are valid.")]
+Senders = Annotated[list[str] | None, typer.Option("--sender", help="NAME=HOST:PORT; repeat.")]
+Receivers = Annotated[list[str] | None, typer.Option("--receiver", help="NAME=HOST:PORT; repeat.")]
+Clients = Annotated[list[str] | None, typer.Option("--client", help="NAME; repeat.")]
+
+
+@app.command()
+def init(
+    network: Network,
+    sender: Senders = None,
+    receiver: Receivers = None,
+    client: Clients = None,
+    days: Days = 7.0,
+) -> None:
+    """Make an authority, and credentials for every peer. Default: sender, receiver and client on loopback."""
+    from kvlink.transport import certs
+
+    members = _members(sender, receiver, client)
+    if not members:
+        members = _members([f"sender={SENDER}"], [f"receiver={RECEIVER}"], ["client"])
+    _tell(certs.begin(network, members, days))
+
+
+@app.command()
+def add(
+    network: Network,
+    sender: Senders = None,
+    receiver: Receivers = None,
+    client: Clients = None,
+    days: Days = 7.0,
+) -> None:
+    """Add peers to a network; the others know them at once, once they have their new peers.toml."""
+    from kvlink.transport import certs
+
+    members = _members(sender, receiver, client)
+    if not members:
+        raise errors.ConfigError("say whom to add: --sender, --receiver or --client")
+    _tell([certs.add(network, member, days) for member in members])
+
+
+@app.command()
+def renew(network: Network, days: Days = 7.0) -> None:
+    """New keys and certificates for every peer; running agents take them up without a restart."""
+    from kvlink.transport import certs
+
+    for name, until in certs.renew(network, days):
+        print(f"{name}: valid until {until:%Y-%m-%d %H:%M} UTC")
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="Folder of one peer.")],
+    as_json: Json = False,
+) -> None:
+    """Say who a folder makes one, until when, whom it dials and who may call it. Shows no secret."""
+    from kvlink.show import print_json
+    from kvlink.transport.credentials import Credentials
+
+    told = Credentials(folder).describe()
+    if as_json:
+        print_json(told)
+        return
+    state = "expired at" if told["expired"] else "valid until"
+    print(f"{told['name']}: {state} {told['valid_until']}")
+    for address, name in told["dials"].items():
+        print(f"dials  {address} as {name}")
+    for name, rights in told["lets_in"].items():
+        print(f"admits {name}: {', '.join(rights)}")
+
+
+def _members(sender: list[str] | None, receiver: list[str] | None, client: list[str] | None) -> list[Any]:
+    from kvlink.transport.certs import Member
+    from kvlink.transport.server import split_address
+
+    found = []
+    for told in receiver or ():
+        found.append(("receiver", told))
+    for told in sender or ():
+        found.append(("sender", told))
+    members = []
+    for kind, text in found:
+        name, mark, address = text.partition("=")
+        if not mark:
+            raise errors.ConfigError(f"expected NAME=HOST:PORT for a {kind}, got {text!r}")
+        split_address(address)
+        members.append(Member(name, kind, address))  # type: ignore[arg-type]
+    return [*members, *(Member(name, "client") for name in client or ())]
+
+
+def _tell(folders: list[Path]) -> None:
+    for folder in folders:
+        print(f"{folder}: give it to {folder.name}, and to nobody else")

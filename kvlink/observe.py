@@ -1,0 +1,163 @@
+"""What an agent tells of itself while it runs: metrics, spans, structured logs.
+
+An `Observer` counts for Prometheus where the extra `metrics` is installed, and opens OpenTelemetry
+spans where `trace` is; else it does nothing. Nothing here ever sees a text, a token, a question, or an
+id that opens something: transfer ids, names of peers, sizes and seconds only.
+
+Does not know: what is observed. Place on the path: ground floor, beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvlink.errors import ConfigError
+
+SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_PARENT = "traceparent"
+
+
+class Observer:
+    """Counts and spans of one agent, `kind` sender or receiver."""
+
+    def __init__(self, kind: str, *, metrics: bool = False, trace_to: str = "") -> None:
+        """`trace_to`: where spans are sent (OTLP over HTTP). Raises ConfigError where an extra is missing."""
+        self.kind = kind
+        self._prometheus: Any = _needed("prometheus_client", "metrics") if metrics else None
+        self._registry: Any = None if self._prometheus is None else self._prometheus.CollectorRegistry()
+        self._made: dict[str, Any] = {}
+        self._tracer: Any = _tracer(kind, trace_to) if trace_to else None
+
+    def count(self, name: str, help_text: str, value: float = 1, **labels: str) -> None:
+        """Add to a counter."""
+        if self._prometheus is not None:
+            self._metric("Counter", name, help_text, labels).inc(value)
+
+    def seconds(self, name: str, help_text: str, value: float, **labels: str) -> None:
+        """Add to a histogram of seconds."""
+        if self._prometheus is not None:
+            self._metric("Histogram", name, help_text, labels, buckets=SECONDS).observe(value)
+
+    def watch(self, name: str, help_text: str, read: Callable[[], float]) -> None:
+        """A gauge that is read when somebody asks."""
+        if self._prometheus is not None:
+            gauge = self._prometheus.Gauge(f"kvlink_{name}", help_text, registry=self._registry)
+            gauge.set_function(read)
+
+    def _metric(self, kind: str, name: str, help_text: str, labels: dict[str, str], **more: Any) -> Any:
+        if name not in self._made:
+            make = getattr(self._prometheus, kind)
+            self._made[name] = make(
+                f"kvlink_{name}", help_text, sorted(labels), registry=self._registry, **more
+            )
+        return self._made[name].labels(**labels) if labels else self._made[name]
+
+    def text(self) -> str:
+        """The metrics in Prometheus' text format."""
+        if self._prometheus is None:
+            return ""
+        return str(self._prometheus.generate_latest(self._registry).decode())
+
+    def serve(self, host: str, port: int) -> Callable[[], None]:
+        """Answer `GET /metrics` there; returns what stops it. Raises ConfigError."""
+        try:
+            server, thread = self._prometheus.start_http_server(port, host, self._registry)
+        except OSError as error:
+            raise ConfigError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
+
+        def stop() -> None:
+            server.shutdown()
+            thread.join()
+
+        return stop
+
+    @contextlib.contextmanager
+    def span(self, name: str, parent: str = "", **attributes: Any) -> Iterator[Span]:
+        """A span around a block, child of `parent` (a W3C traceparent) where one is given.
+
+        It is not made the current one: blocks of coroutines take turns, and would end each other's.
+        """
+        told = Span()
+        if self._tracer is None:
+            yield told
+            return
+        propagation = _needed("opentelemetry.trace.propagation.tracecontext", "trace")
+        trace = _needed("opentelemetry.trace", "trace")
+        carrier = {_PARENT: parent} if parent else {}
+        made = propagation.TraceContextTextMapPropagator()
+        span = self._tracer.start_span(name, context=made.extract(carrier), attributes=attributes)
+        made.inject(carrier, context=trace.set_span_in_context(span))
+        told.parent = carrier.get(_PARENT, "")
+        try:
+            yield told
+        except Exception as error:
+            span.set_status(trace.Status(trace.StatusCode.ERROR, type(error).__name__))
+            raise
+        finally:
+            for key, value in told.attributes.items():
+                span.set_attribute(key, value)
+            span.end()
+
+
+@dataclass(slots=True)
+class Span:
+    """A running span. `parent`: what a child needs to know of it; `attributes`: set when it ends."""
+
+    parent: str = ""
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+def current_parent() -> str:
+    """The W3C traceparent of the span around here; empty where there is none."""
+    try:
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+    except ImportError:
+        return ""
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    return carrier.get(_PARENT, "")
+
+
+def _needed(module: str, extra: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"this needs the extra {extra!r}: pip install 'kvlink[{extra}]'") from error
+
+
+def _tracer(kind: str, trace_to: str) -> Any:
+    """A tracer whose spans are sent in batches. Raises ConfigError where the extra is missing."""
+    sdk = _needed("opentelemetry.sdk.trace", "trace")
+    export = _needed("opentelemetry.sdk.trace.export", "trace")
+    otlp = _needed("opentelemetry.exporter.otlp.proto.http.trace_exporter", "trace")
+    resources = _needed("opentelemetry.sdk.resources", "trace")
+    provider = sdk.TracerProvider(resource=resources.Resource.create({"service.name": f"kvlink-{kind}"}))
+    provider.add_span_processor(export.BatchSpanProcessor(otlp.OTLPSpanExporter(endpoint=trace_to)))
+    return provider.get_tracer("kvlink")
+
+
+class JsonLines(logging.Formatter):
+    """A log record as one JSON object a line: time, level, logger, message, and what `extra` gave."""
+
+    _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        told: dict[str, Any] = {
+            "at": f"{at}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        told |= {key: value for key, value in vars(record).items() if key not in self._PLAIN}
+        if record.exc_info:
+            told["error"] = self.formatException(record.exc_info)
+        return json.dumps(told, default=str)

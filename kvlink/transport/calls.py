@@ -1,0 +1,123 @@
+"""Around every call that an agent serves: who calls, signs of life, errors as statuses.
+
+Does not know: what a call does. Place on the path: between gRPC and the services.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from kvlink.errors import CredentialsError, InputError, KvlinkError
+from kvlink.transport.api import Caller
+from kvlink.transport.certs import NAME
+from kvlink.transport.credentials import Credentials
+from kvlink.transport.status import to_status
+
+log = logging.getLogger("kvlink.transport")
+
+BEAT_S = 2.0
+"""A stream that has nothing to say gives a sign of life this often."""
+
+READERS = "kvlink-for"
+"""Metadata of a push: a peer that may use the cache, beside the one that sends it."""
+
+_MAX_READERS = 16
+
+
+class Guard:
+    """Finds out who calls, and whether they may. Without credentials everybody is nobody, and may."""
+
+    def __init__(self, credentials: Credentials | None) -> None:
+        self._credentials = credentials
+
+    def caller(self, context: Any, method: str) -> Caller:
+        """Raises CredentialsError, AccessError, InputError."""
+        shown = [(str(key), value) for key, value in context.invocation_metadata() or ()]
+        readers = tuple(str(value) for key, value in shown if key == READERS)
+        if len(readers) > _MAX_READERS or not all(NAME.fullmatch(name) for name in readers):
+            raise InputError(f"{READERS}: expected at most {_MAX_READERS} names of peers")
+        name = ""
+        if self._credentials is not None:
+            name = _proven(context)
+            token = next((str(value) for key, value in shown if key == "authorization"), "")
+            self._credentials.admit(name, token.removeprefix("Bearer "), method)
+        trace = next((str(value) for key, value in shown if key == "traceparent"), "")
+        return Caller(name, readers, context.time_remaining(), trace)
+
+
+def _proven(context: Any) -> str:
+    """The name in the caller's certificate, which the handshake has checked."""
+    found = context.auth_context().get("x509_common_name") or []
+    if len(found) != 1:
+        raise CredentialsError("a certificate with one name is needed here")
+    return str(found[0].decode(errors="replace"))
+
+
+async def _refuse(context: Any, error: Exception) -> None:
+    """End a call with the error's status; what is not ours is logged and told as internal."""
+    if not isinstance(error, KvlinkError):
+        log.exception("a call failed")
+        error = KvlinkError(f"internal error: {type(error).__name__}; the agent's log has more")
+    else:
+        log.info("refused: %s: %s", type(error).__name__, error)
+    await context.abort_with_status(to_status(error))
+
+
+def unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """`method(self, request, caller)` as a handler of a call with one answer."""
+
+    async def call(self: Any, request: Any, context: Any) -> Any:
+        try:
+            return await method(self, request, self.guard.caller(context, method.__name__))
+        except Exception as error:
+            await _refuse(context, error)
+
+    return call
+
+
+def stream(beat: Any = None) -> Callable[[Callable[..., AsyncIterator[Any]]], Any]:
+    """`method(self, request, caller)` as a handler of a call with many answers.
+
+    `beat`: makes a message that says nothing, sent when there is nothing else to send.
+    """
+
+    def decorate(method: Callable[..., AsyncIterator[Any]]) -> Any:
+        async def call(self: Any, request: Any, context: Any) -> AsyncGenerator[Any, None]:
+            try:
+                answers = method(self, request, self.guard.caller(context, method.__name__))
+                async with contextlib.aclosing(alive(answers, beat)) as messages:
+                    async for message in messages:
+                        yield message
+            except Exception as error:
+                await _refuse(context, error)
+
+        return call
+
+    return decorate
+
+
+async def alive(answers: AsyncIterator[Any], beat: Callable[[], Any] | None) -> AsyncGenerator[Any, None]:
+    """`answers`, and a `beat()` after each `BEAT_S` without one. Closes `answers` when it is left."""
+    pending: asyncio.Future[Any] | None = None
+    try:
+        while True:
+            pending = pending or asyncio.ensure_future(anext(answers))
+            await asyncio.wait({pending}, timeout=BEAT_S if beat else None)
+            if not pending.done():
+                yield beat()  # type: ignore[misc]
+                continue
+            done, pending = pending, None
+            try:
+                message = done.result()
+            except StopAsyncIteration:
+                return
+            yield message
+    finally:
+        if pending is not None:
+            pending.cancel()
+            await asyncio.gather(pending, return_exceptions=True)
+        await answers.aclose()  # type: ignore[attr-defined]

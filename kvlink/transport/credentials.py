@@ -1,0 +1,210 @@
+"""One peer's credentials: who it is, whom it dials, and who may call it and do what.
+
+A folder made by `kvlink certs` (its files are described in `transport.certs`). It is looked at again at
+every connection and every call, so that renewed certificates and edited `peers.toml` count at once;
+files that cannot be read leave the last good ones in force, and the log says so.
+
+Does not know: calls, agents. Place on the path: beside both ends of a connection.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hmac
+import logging
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from kvlink.errors import AccessError, ConfigError, CredentialsError
+from kvlink.transport import certs
+
+log = logging.getLogger("kvlink.credentials")
+
+RIGHTS: dict[str, tuple[str, ...]] = {
+    "GetCapabilities": ("push", "generate", "publish", "fetch", "deliver"),
+    "PushCache": ("push",),
+    "GetTransferStatus": ("push",),
+    "CancelTransfer": ("push",),
+    "PutProfile": ("push",),
+    "Generate": ("generate",),
+    "DeleteCache": ("generate", "push"),
+    "PublishContext": ("publish",),
+    "UnpublishContext": ("publish",),
+    "FetchCache": ("fetch",),
+    "DeliverCache": ("deliver",),
+    "CancelDelivery": ("deliver",),
+}
+"""Method → rights, any of which lets a peer call it."""
+
+_WARN = datetime.timedelta(days=1)
+_NO_HASH = "0" * 64
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """A peer that may be dialled: the name that its certificate must bear, the token to show it."""
+
+    name: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Access:
+    token_sha256: str
+    may: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    name: str
+    until: datetime.datetime
+    authority: bytes
+    key: bytes
+    chain: bytes
+    dial: dict[str, Dial]
+    access: dict[str, _Access]
+
+
+class Credentials:
+    """A folder of credentials. Raises ConfigError where it cannot be read or does not fit together."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stamp = self._now()
+        self._loaded = self._load()
+        self._server_stamp: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Who this peer is."""
+        return self._fresh().name
+
+    def check_valid(self) -> None:
+        """Raise CredentialsError where this peer's certificate has expired."""
+        told = self._fresh()
+        if told.until <= datetime.datetime.now(datetime.UTC):
+            raise CredentialsError(
+                f"the certificate of {told.name!r} in {self.folder} expired at {told.until:%Y-%m-%d %H:%M} UTC; "
+                "'kvlink certs renew' makes a new one"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Name, end of validity, whom it dials and who may call it; nothing secret."""
+        told = self._fresh()
+        return {
+            "name": told.name,
+            "valid_until": f"{told.until:%Y-%m-%d %H:%M} UTC",
+            "expired": told.until <= datetime.datetime.now(datetime.UTC),
+            "dials": {address: dial.name for address, dial in told.dial.items()},
+            "lets_in": {name: sorted(access.may) for name, access in told.access.items()},
+        }
+
+    def addresses(self) -> list[str]:
+        """Whom this peer dials."""
+        return list(self._fresh().dial)
+
+    def dial(self, address: str) -> Dial:
+        """What to expect at an address and to show there. Raises AccessError where it is not listed."""
+        found = self._fresh().dial.get(address)
+        if found is None:
+            raise AccessError(
+                f"{address!r} is not in {self.folder / certs.PEERS} ({', '.join(self.addresses()) or 'nobody'}): "
+                "not dialled, and shown nothing"
+            )
+        return found
+
+    def channel(self) -> grpc.ChannelCredentials:
+        """For dialling. Raises CredentialsError where the own certificate has expired."""
+        self.check_valid()
+        told = self._fresh()
+        return grpc.ssl_channel_credentials(told.authority, told.key, told.chain)
+
+    def server(self) -> grpc.ServerCredentials:
+        """For listening: every caller needs a certificate; each handshake takes the newest files."""
+
+        def newest() -> grpc.ServerCertificateConfiguration | None:
+            told = self._fresh()
+            if self._stamp == self._server_stamp:
+                return None  # as before
+            self._server_stamp = self._stamp
+            return self._configuration(told)
+
+        self._server_stamp = self._stamp
+        return grpc.dynamic_ssl_server_credentials(self._configuration(self._loaded), newest, True)
+
+    def admit(self, name: str, token: str, method: str) -> None:
+        """Let a peer call a method, or not.
+
+        Raises CredentialsError (unknown peer or wrong token: the two look the same from outside) and
+        AccessError (a known one that may not).
+        """
+        access = self._fresh().access.get(name)
+        expected = access.token_sha256 if access else _NO_HASH
+        proven = hmac.compare_digest(certs.hashed(token), expected)
+        if access is None or not proven:
+            raise CredentialsError("these credentials are not accepted here: unknown peer or wrong token")
+        if not access.may & set(RIGHTS.get(method, ())):
+            raise AccessError(f"{name!r} may not call {method} here")
+
+    @staticmethod
+    def _configuration(told: _Loaded) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([(told.key, told.chain)], told.authority)
+
+    def _now(self) -> tuple[int, ...]:
+        stamps = []
+        for name in (certs.AUTHORITY, certs.IDENTITY, certs.PEERS):
+            try:
+                found = (self.folder / name).stat()
+            except OSError:
+                stamps.append(0)
+                continue
+            stamps += [found.st_mtime_ns, found.st_ino, found.st_size]
+        return tuple(stamps)
+
+    def _fresh(self) -> _Loaded:
+        stamp = self._now()
+        if stamp != self._stamp:
+            self._stamp = stamp
+            try:
+                self._loaded = self._load()
+                log.info(
+                    "credentials of %r read again, valid until %s", self._loaded.name, self._loaded.until
+                )
+            except ConfigError as error:
+                log.error("the last good credentials stay in force: %s", error)
+        return self._loaded
+
+    def _load(self) -> _Loaded:
+        try:
+            authority = (self.folder / certs.AUTHORITY).read_bytes()
+            identity = (self.folder / certs.IDENTITY).read_bytes()
+            peers = tomllib.loads((self.folder / certs.PEERS).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(
+                f"no credentials in {self.folder}: {error}; 'kvlink certs init' makes them"
+            ) from error
+        key, mark, chain = identity.partition(b"-----BEGIN CERTIFICATE-----")
+        name, until = certs.expiry(mark + chain)
+        if peers.get("name") != name:
+            raise ConfigError(
+                f"{self.folder}: the certificate is {name!r}'s, {certs.PEERS} says {peers.get('name')!r}"
+            )
+        if until - datetime.datetime.now(datetime.UTC) < _WARN:
+            log.warning("the certificate of %r in %s is valid until %s", name, self.folder, until)
+        try:
+            dial = {at: Dial(str(told["name"]), str(told["token"])) for at, told in _tables(peers, "dial")}
+            access = {
+                who: _Access(str(told["token_sha256"]), frozenset(map(str, told["may"])))
+                for who, told in _tables(peers, "access")
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{self.folder / certs.PEERS}: a table lacks {error}") from error
+        return _Loaded(name, until, authority, key, mark + chain, dial, access)
+
+
+def _tables(peers: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
+    return list(peers.get(name, {}).items())

@@ -1,0 +1,97 @@
+"""A full agent lets callers wait their turn, fairly, and says when to come again."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from kvlink.agent.admission import Gate
+from kvlink.errors import BusyError
+
+
+async def test_a_free_place_is_given_at_once():
+    gate = Gate("jobs", 2)
+    with await gate.enter("a"), await gate.enter("b"):
+        assert gate.inside == 2
+    assert gate.inside == 0
+
+
+async def test_who_finds_no_place_waits_for_one():
+    gate = Gate("jobs", 1)
+    first = await gate.enter("a")
+    second = asyncio.create_task(gate.enter("b"))
+    await asyncio.sleep(0.01)
+    assert not second.done()
+    assert gate.queued == 1
+    first.leave()
+    (await second).leave()
+    assert gate.inside == gate.queued == 0
+
+
+async def test_peers_take_turns_however_many_calls_each_has():
+    gate = Gate("jobs", 1)
+    first = await gate.enter("busy")
+    order: list[str] = []
+
+    async def work(who: str) -> None:
+        with await gate.enter(who):
+            order.append(who)
+            await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(work("busy")) for _ in range(4)]
+    await asyncio.sleep(0)
+    tasks.append(asyncio.create_task(work("rare")))
+    await asyncio.sleep(0)
+    first.leave()
+    await asyncio.gather(*tasks)
+    assert order == ["busy", "rare", "busy", "busy", "busy"]
+
+
+async def test_one_peer_cannot_take_all_places():
+    gate = Gate("jobs", 3, places_each=2)
+    held = [await gate.enter("a"), await gate.enter("a")]
+    third = asyncio.create_task(gate.enter("a"))
+    await asyncio.sleep(0.01)
+    assert not third.done()
+    with await gate.enter("b"):
+        pass
+    held[0].leave()
+    (await third).leave()
+
+
+async def test_beyond_the_queue_a_caller_is_told_when_to_come_again():
+    gate = Gate("jobs", 1, waiting=1, wait_s=5)
+    first = await gate.enter()
+    waits = asyncio.create_task(gate.enter())
+    await asyncio.sleep(0.01)
+    with pytest.raises(BusyError, match="at most 1 jobs at a time, 1 wait") as caught:
+        await gate.enter()
+    assert caught.value.retryable
+    assert 0 < caught.value.retry_after_s <= 5
+    first.leave()
+    (await waits).leave()
+
+
+async def test_nobody_waits_for_ever():
+    gate = Gate("jobs", 1, wait_s=0.05)
+    first = await gate.enter()
+    with pytest.raises(BusyError):
+        await gate.enter()
+    assert gate.queued == 0
+    first.leave()
+    first.leave()  # once is enough, twice is harmless
+    assert gate.inside == 0
+
+
+async def test_who_gives_up_waiting_takes_no_place():
+    gate = Gate("jobs", 1)
+    first = await gate.enter()
+    waiting = asyncio.create_task(gate.enter())
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    first.leave()
+    with await asyncio.wait_for(gate.enter(), 1):
+        assert gate.inside == 1
