@@ -1,14 +1,16 @@
 # make demo   two agents on loopback, 25 questions, one table
 # make test   lint, types, generated code and all tests
 # make eval   every table: accuracy against bytes
-# Both create .venv when it is missing.
+# make faults lines that break, peers that lie or die, load: half an hour, one JSON object at the end
+# make fuzz   every parser under a coverage-guided fuzzer, SECONDS=120 in all
+# All create .venv when it is missing.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types tests proto eval train clean
+.PHONY: demo test lint types tests proto eval faults fuzz train clean
 
 demo: $(READY)
 	$(BIN)/kvlink demo
@@ -32,6 +34,14 @@ proto: $(READY)
 # Every table of docs/evaluation.md, n = 200 (about a quarter of an hour on two CPU cores).
 eval: $(READY)
 	$(BIN)/kvlink eval all
+
+# Within half an hour on two CPU cores; the last line is a JSON object.
+faults: $(READY)
+	$(BIN)/python -m tests.faults
+
+SECONDS ?= 120
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 # Train the embedded model again (about two hours on two CPU cores).
 train: $(READY)

@@ -24,7 +24,7 @@ from blake3 import blake3
 from safetensors import SafetensorError
 from torch import Tensor
 
-from kvlink.errors import CodecError, IdentityError
+from kvlink.errors import CodecError, IdentityError, IntegrityError
 from kvlink.payload import Fingerprint
 
 FORMAT = "kvlink-profile/1"
@@ -70,7 +70,10 @@ class Profile:
         return (self.keys if side == "keys" else self.values)[layer]
 
     def to_bytes(self) -> bytes:
-        """The file: safetensors, the same bytes for the same profile."""
+        """The file: safetensors, the same bytes for the same profile, with a checksum of itself."""
+        return self._file(blake3(self._file("")).hexdigest())
+
+    def _file(self, checksum: str) -> bytes:
         tensors: dict[str, Tensor] = {}
         for name, sides in (("keys", self.keys), ("values", self.values)):
             for layer, side in enumerate(sides):
@@ -83,6 +86,7 @@ class Profile:
             "fingerprint": json.dumps({k: v.hex() for k, v in asdict(self.fingerprint).items()}),
             "about": json.dumps(self.about, sort_keys=True),
             "quality": json.dumps(self.quality),
+            "checksum": checksum,
         }
         # One entry: safetensors keeps several in no particular order.
         packed = {"kvlink": json.dumps(told, sort_keys=True)}
@@ -90,7 +94,8 @@ class Profile:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Profile:
-        """Read a file. Raises CodecError where it is no profile or its parts do not fit together."""
+        """Read a file. Raises CodecError where it is no profile or its parts do not fit together,
+        IntegrityError where its checksum does not match."""
         if len(data) > MAX_BYTES:
             raise CodecError(f"a profile has at most {MAX_BYTES} bytes, found {len(data)}")
         try:
@@ -117,7 +122,10 @@ class Profile:
         sizes = {side.mean.shape for both in sides.values() for side in both}
         if len(sizes) != 1:
             raise CodecError(f"profile: layers differ in channels: {sorted(tuple(s) for s in sizes)}")
-        return cls(Fingerprint(**marks), sides["keys"], sides["values"], about, quality)
+        found = cls(Fingerprint(**marks), sides["keys"], sides["values"], about, quality)
+        if found.to_bytes() != data:
+            raise IntegrityError("profile: its checksum does not match what it holds")
+        return found
 
     def require_match(self, fingerprint: Fingerprint) -> None:
         """Raise IdentityError, naming the component, where the profile is another model's.

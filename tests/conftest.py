@@ -57,14 +57,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 Maker = Callable[..., Path]
 
 
-def make_checkpoint(folder: Path, architecture: str, dtype: str = "float32", seed: int = 0) -> Path:
+def make_checkpoint(
+    folder: Path, architecture: str, dtype: str = "float32", seed: int = 0, **shape: int
+) -> Path:
     """A randomly initialised checkpoint in `folder`, with the embedded model's tokenizer.
 
-    Weights are doubled: at the stock scale attention is nearly flat and hides mistakes.
+    `shape`: values of the configuration instead of the small ones. Weights are doubled: at the stock
+    scale attention is nearly flat and hides mistakes.
     """
     name, values = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**values))
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**values, **shape}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)

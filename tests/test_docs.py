@@ -12,6 +12,7 @@ import yaml
 
 from kvlink.cli import app
 from kvlink.eval.questions import prose
+from kvlink.transport.credentials import Credentials
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -71,7 +72,22 @@ def test_compose_runs_commands_that_exist():
         assert parses(services[name]["healthcheck"]["test"][2:])
     assert parses([*services["ask"]["entrypoint"][1:], "--question", "Where?"])
     for volume in services["ask"]["volumes"]:
-        assert (ROOT / volume.split(":")[0]).exists()
+        assert volume.startswith("./certs/") or (ROOT / volume.split(":")[0]).exists()
+
+
+def test_the_credentials_that_compose_wants_are_those_that_its_first_line_makes(tmp_path, monkeypatch):
+    text = (ROOT / "docker-compose.yml").read_text()
+    (line,) = [line for line in text.splitlines() if "kvlink certs init" in line]
+    monkeypatch.chdir(tmp_path)
+    app(line.removeprefix("#").split()[1:], standalone_mode=False)
+    for name, service in yaml.safe_load(text)["services"].items():
+        folder = Path(service["volumes"][0].split(":")[0])
+        told = Credentials(folder).describe()
+        assert told["name"] == folder.name
+        if name == "ask":
+            assert told["dials"] == {"receiver:50052": "receiver", "sender:50051": "sender"}
+        else:
+            assert told["dials"][service["healthcheck"]["test"][-1]] == name
 
 
 def test_the_image_copies_what_is_there():

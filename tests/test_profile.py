@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kvlink.agent.receiver import MAX_PROFILES, Receiver
 from kvlink.agent.sender import Sender
 from kvlink.compress.transform import rotated, unrotated
-from kvlink.errors import CodecError, ContextError, IdentityError
+from kvlink.errors import CodecError, ContextError, IdentityError, IntegrityError
 from kvlink.eval.profiling import make_profile
 from kvlink.eval.questions import generated
 from kvlink.model.calibrate import build_profile, rotation, units
@@ -205,19 +205,15 @@ def test_damaged_profiles_are_refused(made):
             pytest.fail(name)
 
 
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(st.data())
-def test_any_changed_byte_is_refused_or_another_profile(made, data):
+def test_any_changed_byte_is_refused(made, data):
+    """The codecs trust a profile: its file has a checksum of its own."""
     whole = bytearray(made.to_bytes())
     at = data.draw(st.integers(0, len(whole) - 1))
-    whole[at] ^= data.draw(st.integers(1, 255))
-    try:
-        found = Profile.from_bytes(bytes(whole))
-    except CodecError:
-        return
-    assert found.to_bytes() != made.to_bytes() or at < 3000, (
-        "a change is seen, or was in the header's spelling"
-    )
+    whole[at] ^= data.draw(st.one_of(st.sampled_from([1 << bit for bit in range(8)]), st.integers(1, 255)))
+    with pytest.raises((CodecError, IntegrityError)):
+        Profile.from_bytes(bytes(whole))
 
 
 @given(st.binary(max_size=300))

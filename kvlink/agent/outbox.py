@@ -81,15 +81,27 @@ class Outbox:
         try:
             async with packed.lock:
                 if packed.transfer is None:
-                    packed.transfer = await pack()
-                    self._make_room(packed.nbytes)
-                    self._keep(key, packed)
+                    await self._pack(key, packed, pack)
         except BaseException:
             self.leave(packed)
             if packed.transfer is None and not packed.busy:
                 self._packed.pop(key, None)
             raise
         return packed
+
+    async def _pack(self, key: bytes, packed: Packed, pack: Callable[[], Awaitable[Transfer]]) -> None:
+        """Pack to the end even when cancelled: whoever lost its connection will ask again."""
+        task = asyncio.ensure_future(pack())
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait({task})
+            raise
+        finally:
+            if task.done() and not task.cancelled() and task.exception() is None:
+                packed.transfer = task.result()
+                self._make_room()
+                self._keep(key, packed)
 
     def leave(self, packed: Packed) -> None:
         """The counterpart of `get`."""
@@ -118,7 +130,7 @@ class Outbox:
             if at < oldest and key not in self._packed:
                 self.forget(key)
 
-    def _make_room(self, nbytes: int) -> None:
+    def _make_room(self) -> None:
         for key, packed in sorted(self._packed.items(), key=lambda item: item[1].touched_at):
             if self.held_bytes <= self._max_bytes:
                 return

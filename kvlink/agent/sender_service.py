@@ -16,15 +16,15 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from blake3 import blake3
 
 from kvlink._release import RELEASE
 from kvlink.agent.admission import Gate
 from kvlink.agent.outbox import Outbox, Packed
-from kvlink.agent.sender import DEFAULT_RECIPE, Context, Sender, Transfer
+from kvlink.agent.sender import Context, Sender, Transfer
+from kvlink.agent.settings import LOOPBACK_PEERS, SenderSettings
 from kvlink.agent.staging import Staging
 from kvlink.agent.store import Store
 from kvlink.agent.threads import to_thread
@@ -44,43 +44,10 @@ from kvlink.receipt import Capabilities
 from kvlink.recipe import PRESS, Recipe, Wish
 from kvlink.transport.api import NOBODY, Caller, Delivery, Explanation, Fetch, Progress, Published, PushStatus
 from kvlink.transport.client import CALL_S, ReceiverClient
-from kvlink.transport.credentials import Credentials
 from kvlink.transport.sockets import SocketCount
 from kvlink.wire.messages import TRANSFER_ID_BYTES
 
 log = logging.getLogger("kvlink.sender")
-
-LOOPBACK_PEERS = ("127.0.0.1:*", "localhost:*", "[[]::1]:*")
-
-
-@dataclass(frozen=True, slots=True)
-class SenderSettings:
-    """Bounds of a sender agent. Lifetimes in seconds; 0 bytes for one peer means as for all.
-
-    `peers`: receivers that may be dialled, as host:port patterns; empty: those that the credentials
-    list, or loopback where there are none. `insecure`: dial off loopback without encryption.
-    `presses`: whether a caller's recipe may name a class of kvpress, which imports that package.
-    `attempts`: dials in a row that bring nothing before a delivery is broken.
-    """
-
-    max_held_bytes: int = 8_000_000_000
-    max_peer_bytes: int = 0
-    context_lifetime_s: float = 3600.0
-    resume_lifetime_s: float = 120.0
-    max_text_bytes: int = 16_000_000
-    max_reads: int = 8
-    max_waiting: int = 64
-    wait_s: float = 10.0
-    peers: tuple[str, ...] = ()
-    insecure: bool = False
-    credentials: Credentials | None = None
-    default_recipe: str = DEFAULT_RECIPE
-    presses: bool = False
-    attempts: int = 4
-    retry_pause_s: float = 0.5
-    staging: Path | None = None
-    max_packed_bytes: int = 2_000_000_000
-    max_staged_bytes: int = 16_000_000_000
 
 
 class SenderService:

@@ -58,6 +58,7 @@ def receiver(
     max_waiting: Annotated[int, typer.Option(min=0, help="Callers that may wait for a place.")] = 64,
     wait_s: Annotated[float, typer.Option(help="Seconds that they wait at most.")] = 10.0,
     staging: StagingDir = None,
+    durable_every: Annotated[str, typer.Option(help="Bytes after which frames are made durable.")] = "1MB",
     metrics: MetricsAt = "",
     trace_to: TraceTo = "",
     log_level: LogLevel = "warning",
@@ -67,7 +68,8 @@ def receiver(
     set_up_log(log_level, log_format)
     proof = _proof(listen, creds, insecure)
     from kvlink.agent.receiver import Receiver
-    from kvlink.agent.receiver_service import ReceiverService, ReceiverSettings
+    from kvlink.agent.receiver_service import ReceiverService
+    from kvlink.agent.settings import ReceiverSettings
     from kvlink.wire.session import Limits
 
     quiet()
@@ -84,6 +86,7 @@ def receiver(
         max_waiting=max_waiting,
         wait_s=wait_s,
         staging=staging,
+        durable_bytes=budget_bytes(durable_every),
         limits=Limits(max_cache_bytes=budget_bytes(max_cache)),
     )
 
@@ -126,7 +129,8 @@ def sender(
     set_up_log(log_level, log_format)
     proof = _proof(listen, creds, insecure)
     from kvlink.agent.sender import Sender
-    from kvlink.agent.sender_service import SenderService, SenderSettings
+    from kvlink.agent.sender_service import SenderService
+    from kvlink.agent.settings import SenderSettings
 
     quiet()
     settings = SenderSettings(

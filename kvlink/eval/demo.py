@@ -9,19 +9,14 @@ Does not know: how a transfer is made. Place on the path: outside it, as a user 
 
 from __future__ import annotations
 
-import asyncio
-import os
-import re
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import IO, Any
+from typing import Any
 
 from kvlink.errors import PeerUnavailableError
+from kvlink.eval.processes import agent
 from kvlink.eval.questions import Item, from_file, load_items, prose
 from kvlink.eval.rows import Outcome, Row, summarise
 from kvlink.eval.score import exact_match, f1
@@ -30,7 +25,6 @@ from kvlink.transport.api import Ask, Delivery, Progress
 from kvlink.transport.client import ReceiverClient, SenderClient
 
 INT8_AGREEMENT = 0.99
-START_S = 120.0
 
 
 @dataclass(slots=True)
@@ -56,50 +50,6 @@ def choose_items(data: str, count: int, seed: int, with_prose: bool = True) -> l
     if data.partition(":")[0] != "generated":
         return from_file(data)[:count]
     return [*load_items(data, count, seed), *(prose() if with_prose else [])]
-
-
-@asynccontextmanager
-async def agent(kind: str, model: str, options: Sequence[str] = ()) -> AsyncIterator[str]:
-    """A sender or receiver process on loopback, on a port of its own; its address once it serves."""
-    with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would block the agent
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "kvlink", kind, "--listen", "127.0.0.1:0", "--model", model, *options,
-            stdout=asyncio.subprocess.PIPE, stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        try:
-            yield await _address(kind, process, log)
-        finally:
-            await _stop(process)
-
-
-async def _address(kind: str, process: asyncio.subprocess.Process, log: IO[bytes]) -> str:
-    """What the agent says it listens on. Raises PeerUnavailableError with its own last words."""
-    line = b""
-    if process.stdout is not None:
-        try:
-            line = await asyncio.wait_for(process.stdout.readline(), START_S)
-        except TimeoutError:
-            raise PeerUnavailableError(f"the {kind} does not serve within {START_S:g} s") from None
-    found = re.search(r"listens on (\S+)", line.decode())
-    if found is None:
-        log.seek(0)
-        raise PeerUnavailableError(
-            f"the {kind} did not start: {log.read().decode(errors='replace').strip()[-800:]}"
-        )
-    return found[1]
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    """Ask the agent to stop, and make it if it does not."""
-    if process.returncode is not None:
-        return
-    process.terminate()
-    try:
-        await asyncio.wait_for(process.wait(), 10)
-    except TimeoutError:
-        process.kill()
-        await process.wait()
 
 
 async def deliver(sender: SenderClient, delivery: Delivery) -> Progress:
@@ -157,10 +107,10 @@ async def run_demo(
     """Start both agents, ask every item by every recipe, and sum up."""
     outcomes: dict[str, list[Outcome]] = {recipe: [] for recipe in recipes}
     async with (
-        agent("receiver", model, options) as receiver_address,
-        agent("sender", model, options) as sender_address,
-        SenderClient(sender_address) as sender,
-        ReceiverClient(receiver_address) as receiver,
+        agent("receiver", model, options) as reader,
+        agent("sender", model, options) as writer,
+        SenderClient(writer.address) as sender,
+        ReceiverClient(reader.address) as receiver,
     ):
         # One round that is not counted: first calls pay for memory and threads.
         warm = await sender.publish(items[0].context)

@@ -149,6 +149,9 @@ def _join(folder: Path, member: Member, known: Iterable[Member], days: float) ->
     lines = [f'name = "{member.name}"', f'kind = "{member.kind}"']
     lines += [f'address = "{member.address}"'] if member.address else []
     _write(at / PEERS, ("\n".join(lines) + "\n").encode())
+    if member.address:  # an agent may ask itself how it is
+        own = Member(member.name, member.kind, f"127.0.0.1:{member.address.rpartition(':')[2]}")
+        _introduce(folder, member, own, ("look",))
     for other in known:
         for caller, called in ((member, other), (other, member)):
             rights = RIGHTS_BY_KIND.get((caller.kind, called.kind))

@@ -25,7 +25,7 @@ from kvlink.transport import certs
 log = logging.getLogger("kvlink.credentials")
 
 RIGHTS: dict[str, tuple[str, ...]] = {
-    "GetCapabilities": ("push", "generate", "publish", "fetch", "deliver"),
+    "GetCapabilities": ("look", "push", "generate", "publish", "fetch", "deliver"),
     "PushCache": ("push",),
     "GetTransferStatus": ("push",),
     "CancelTransfer": ("push",),

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import pytest
 
 from kvlink.agent.receiver import Receiver
-from kvlink.agent.receiver_service import ReceiverService, ReceiverSettings
+from kvlink.agent.receiver_service import ReceiverService
 from kvlink.agent.sender import Sender
-from kvlink.agent.sender_service import SenderService, SenderSettings
+from kvlink.agent.sender_service import SenderService
+from kvlink.agent.settings import ReceiverSettings, SenderSettings
 from kvlink.transport.api import Ask, Delivery, Progress
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.server import Server

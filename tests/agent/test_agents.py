@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from kvlink.agent.receiver import Receiver
-from kvlink.agent.receiver_service import ReceiverSettings
 from kvlink.agent.sender import Sender
+from kvlink.agent.settings import ReceiverSettings
 from kvlink.errors import (
     AccessError,
     ContextError,
@@ -150,7 +150,7 @@ async def test_one_corrupted_chunk_means_an_error_and_no_generation(pair):
             await pair.deliver("raw", receiver=f"127.0.0.1:{wire.port}")
         assert len(wire.seen) > 30_000
     assert len(pair.receiver.store) == 0, "nothing was kept that could be answered from"
-    assert pair.receiver._incoming == {}
+    assert len(pair.receiver.arrivals) == 0
 
 
 @pytest.mark.parametrize("cut_after", [2_000, 40_000, 60_000])
@@ -225,10 +225,10 @@ async def test_broken_transfers_and_old_caches_are_forgotten(pair, small_chunks)
     with pytest.raises(TruncatedError):
         async for _ in pair.receiver.push_cache(half()):
             pass
-    assert len(pair.receiver._incoming) == 1
-    pair.receiver.settings = replace(pair.receiver.settings, resume_lifetime_s=-1.0)
+    assert len(pair.receiver.arrivals) == 1
+    pair.receiver.arrivals.settings = replace(pair.receiver.settings, resume_lifetime_s=-1.0)
     pair.receiver.sweep()
-    assert pair.receiver._incoming == {}
+    assert len(pair.receiver.arrivals) == 0
     pair.receiver.store.reserve(pair.receiver.store.max_bytes)  # all room was given back
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from kvlink.agent.receiver import Receiver
-from kvlink.agent.receiver_service import ReceiverService, ReceiverSettings
+from kvlink.agent.receiver_service import ReceiverService
 from kvlink.agent.sender import Sender
-from kvlink.agent.sender_service import SenderService, SenderSettings
+from kvlink.agent.sender_service import SenderService
+from kvlink.agent.settings import ReceiverSettings, SenderSettings
 from kvlink.agent.staging import Staging
 from kvlink.errors import (
     BusyError,
@@ -82,8 +83,8 @@ async def test_every_cut_point_resumes_after_a_restart_of_the_receiver(sender, f
         assert not list(staged.staging.iterdir()), "a deleted cache leaves nothing on disk"
 
 
-async def test_what_was_told_durable_is_never_asked_for_again(sender, staged, monkeypatch):
-    monkeypatch.setattr("kvlink.agent.receiver_service.DURABLE_BYTES", 10_000)
+async def test_what_was_told_durable_is_never_asked_for_again(sender, staged):
+    staged = replace(staged, durable_bytes=10_000)
     frames = sender.pack(sender.read(TEXT), QUESTION, "raw", transfer_id=ID).frames
     for cut in range(3, len(frames)):
         first = await feed(ReceiverService(Receiver(sender.lm), staged), frames[:cut])
@@ -209,7 +210,7 @@ class TestEnds:
     async def test_what_nobody_resumes_fails(self, sender, frames, limits, why):
         service = ReceiverService(Receiver(sender.lm))
         await feed(service, frames[:5])
-        service.settings = replace(service.settings, **limits)
+        service.arrivals.settings = replace(service.settings, **limits)
         service.sweep()
         status = await service.transfer_status(ID)
         assert status.state == "failed"

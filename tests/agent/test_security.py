@@ -15,7 +15,8 @@ import pytest
 from kvlink.agent.receiver import Receiver
 from kvlink.agent.receiver_service import ReceiverService
 from kvlink.agent.sender import Sender
-from kvlink.agent.sender_service import SenderService, SenderSettings
+from kvlink.agent.sender_service import SenderService
+from kvlink.agent.settings import SenderSettings
 from kvlink.errors import (
     AccessError,
     CredentialsError,

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-from pathlib import Path
 
 import pytest
 
@@ -17,22 +15,14 @@ from kvlink.compress.lossless import unpack_part
 from kvlink.wire.file import read_frames, write_frames
 from kvlink.wire.inspect import describe, listing
 from kvlink.wire.session import ReceiveSession, SegmentReceived, TextReceived, diagram
+from tests.wire.vectors import FOLDER, ROOT, frames_of, make_vectors
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "tests" / "vectors" / "v1"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
-
-_spec = importlib.util.spec_from_file_location("make_vectors", ROOT / "scripts" / "make_vectors.py")
-assert _spec is not None
-assert _spec.loader is not None
-make_vectors = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(make_vectors)
 
 
 def events(name: str):
     session = ReceiveSession()
-    with (FOLDER / f"{name}.kvl").open("rb") as stream:
-        found = [event for frame in read_frames(stream) for event in session.receive(frame)]
+    found = [event for frame in frames_of(name) for event in session.receive(frame)]
     session.close()
     return session.manifest, found
 

@@ -1,0 +1,1 @@
+"""What `make faults` runs: lines that break, peers that lie or die, load. `python -m tests.faults`."""

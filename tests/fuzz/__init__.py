@@ -1,0 +1,1 @@
+"""What `make fuzz` runs: everything that parses, under a coverage-guided fuzzer."""
