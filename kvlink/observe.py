@@ -26,13 +26,16 @@ _PARENT = "traceparent"
 class Observer:
     """Counts and spans of one agent, `kind` sender or receiver."""
 
-    def __init__(self, kind: str, *, metrics: bool = False, trace_to: str = "") -> None:
-        """`trace_to`: where spans are sent (OTLP over HTTP). Raises ConfigError where an extra is missing."""
+    def __init__(self, kind: str, *, metrics: bool = False, trace_to: str = "", tracer: Any = None) -> None:
+        """`trace_to`: where spans are sent (OTLP over HTTP); `tracer`: an OpenTelemetry tracer instead.
+
+        Raises ConfigError where an extra is missing.
+        """
         self.kind = kind
         self._prometheus: Any = _needed("prometheus_client", "metrics") if metrics else None
         self._registry: Any = None if self._prometheus is None else self._prometheus.CollectorRegistry()
         self._made: dict[str, Any] = {}
-        self._tracer: Any = _tracer(kind, trace_to) if trace_to else None
+        self._tracer: Any = tracer or (_tracer(kind, trace_to) if trace_to else None)
 
     def count(self, name: str, help_text: str, value: float = 1, **labels: str) -> None:
         """Add to a counter."""

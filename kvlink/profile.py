@@ -154,7 +154,13 @@ def _side(tensors: dict[str, Tensor], name: str) -> Side:
     channels = mean.numel()
     blocks = synthesis.shape[0] if synthesis.ndim == 3 else 0
     expected = (blocks, channels // max(1, blocks), channels // max(1, blocks))
-    if mean.ndim != 1 or not blocks or tuple(synthesis.shape) != expected or blocks * expected[1] != channels:
+    if (
+        mean.ndim != 1
+        or not channels
+        or not blocks
+        or tuple(synthesis.shape) != expected
+        or blocks * expected[1] != channels
+    ):
         raise CodecError(
             f"profile {name}: a mean of {tuple(mean.shape)} does not fit a basis of {tuple(synthesis.shape)}"
         )

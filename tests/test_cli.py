@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import CONTEXT, QUESTION, kvlink
+from tests.command import CONTEXT, QUESTION, kvlink, listening, start
 
 
 @dataclass
@@ -27,25 +26,6 @@ class Agents:
 
     def at(self) -> list[str]:
         return ["--sender", self.sender, "--receiver", self.receiver]
-
-
-def start(kind: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "kvlink", kind, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
-def listening(process: subprocess.Popen[str]) -> str:
-    """The address that an agent says it listens on."""
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    match = re.search(r"listens on (\S+)", line)
-    assert match, line + (process.stderr.read() if process.stderr else "")
-    return match[1]
 
 
 @pytest.fixture(scope="module")

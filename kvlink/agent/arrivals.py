@@ -162,7 +162,7 @@ class Arrivals:
         if found is not None:
             incoming.file, frames = found
             try:
-                if frames[:1] == [frame]:
+                if notes and frames[:1] == [frame]:  # without notes nobody knows whose it is
                     for kept in frames[1:]:
                         incoming.intake.take(kept)
                     incoming.cache_id = str(notes.get("cache_id", "")) if incoming.intake.held else ""
@@ -238,11 +238,11 @@ class Arrivals:
 
     def sweep(self) -> None:
         """End what is over: transfers that nobody resumes or past their deadline, caches on disk."""
-        now, told = time.monotonic(), self.settings
+        now, told, held = time.monotonic(), self.settings, self._store.ids()
         for incoming in list(self._incoming.values()):
             quiet = incoming.touched_at < now - told.resume_lifetime_s
             if incoming.cache_id:
-                if quiet:
+                if quiet or incoming.cache_id not in held:
                     del self._incoming[incoming.key]
             elif incoming.lock.locked():
                 continue
@@ -279,7 +279,9 @@ class Arrivals:
         if found is not None and found[1]:
             found[0].close()
             owner = Caller(str(notes.get("owner", "")), tuple(notes.get("readers", ())))
-            await self.admit(found[1][0], object(), owner)
+            incoming = await self.admit(found[1][0], object(), owner)
+            async with incoming.lock:  # another question may be bringing it back already
+                pass
 
     def status(self, incoming: Incoming, state: PushState | None = None) -> PushStatus:
         return PushStatus(

@@ -10,16 +10,19 @@ between packing and pushing.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from kvlink.agent.sender import Transfer
 from kvlink.agent.staging import Staging
-from kvlink.errors import AccessError, RemoteProtocolError
+from kvlink.errors import AccessError, BusyError, RemoteProtocolError
 from kvlink.receipt import Receipt
 from kvlink.wire.messages import TRANSFER_ID_BYTES
 from kvlink.wire.session import ReceiveSession
+
+log = logging.getLogger("kvlink.sender")
 
 
 @dataclass(slots=True)
@@ -100,7 +103,7 @@ class Outbox:
         finally:
             if task.done() and not task.cancelled() and task.exception() is None:
                 packed.transfer = task.result()
-                self._make_room()
+                self._make_room(key)
                 self._keep(key, packed)
 
     def leave(self, packed: Packed) -> None:
@@ -130,20 +133,27 @@ class Outbox:
             if at < oldest and key not in self._packed:
                 self.forget(key)
 
-    def _make_room(self) -> None:
+    def _make_room(self, newest: bytes) -> None:
+        """Raises BusyError where what is on its way fills the bound already."""
         for key, packed in sorted(self._packed.items(), key=lambda item: item[1].touched_at):
             if self.held_bytes <= self._max_bytes:
                 return
             if not packed.busy:
                 del self._packed[key]
+        if self.held_bytes > self._max_bytes and len(self._packed) > 1:
+            self._packed[newest].transfer = None
+            raise BusyError(f"at most {self._max_bytes} bytes are packed at a time; try again later", 2.0)
 
     def _keep(self, key: bytes, packed: Packed) -> None:
         if self._staging is None or packed.transfer is None:
             return
         told = packed.transfer.receipt.to_dict()
         notes = {"owner": packed.owner, "request": packed.request, "receipt": told}
-        self._staging.keep(key, packed.transfer.frames, notes)
-        self._known[key] = time.monotonic()
+        try:
+            self._staging.keep(key, packed.transfer.frames, notes)
+            self._known[key] = time.monotonic()
+        except (BusyError, OSError) as error:
+            log.warning("a transfer will not outlive a restart: %s", error, extra={"transfer": key.hex()})
 
     def _from_disk(self, key: bytes) -> Packed | None:
         """A transfer that an earlier life of the sender has packed, if all of it is there."""

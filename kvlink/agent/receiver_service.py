@@ -19,6 +19,7 @@ from kvlink.agent.settings import ReceiverSettings
 from kvlink.agent.store import Store
 from kvlink.agent.threads import stream, to_thread
 from kvlink.errors import (
+    BusyError,
     ContextError,
     DeadlineError,
     RemoteProtocolError,
@@ -95,7 +96,7 @@ class ReceiverService:
                 async with aclosing(self._feed(incoming, frames, me)) as statuses:
                     async for status in statuses:
                         yield status
-            except (TruncatedError, asyncio.CancelledError, GeneratorExit):
+            except (TruncatedError, BusyError, asyncio.CancelledError, GeneratorExit):
                 # Resumable: the sweep ends it if nobody comes.
                 log.info(
                     "transfer cut at frame %d",

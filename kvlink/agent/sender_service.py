@@ -206,10 +206,13 @@ class SenderService:
         for stage, seconds in receipt.stage_s.items():
             self.observer.seconds("stage_seconds", "Seconds of a stage", seconds, stage=stage)
         own, told = "", Explanation()
-        if delivery.answer_here:
-            own = (await to_thread(self._sender.answer, await contexts.get(), delivery.question)).text
-        if delivery.explain:
-            told = await to_thread(self._sender.explain, await contexts.get(), delivery.question, transfer)
+        context = await contexts.get() if delivery.answer_here or delivery.explain else None
+        if context is not None:
+            with await self._work.enter(caller.name):
+                if delivery.answer_here:
+                    own = (await to_thread(self._sender.answer, context, delivery.question)).text
+                if delivery.explain:
+                    told = await to_thread(self._sender.explain, context, delivery.question, transfer)
         yield Progress(total, total, True, status.cache_id, own, receipt, told)
 
     async def cancel_delivery(self, delivery_id: bytes, caller: Caller = NOBODY) -> None:

@@ -112,14 +112,25 @@ class Staged:
 
     def __init__(self, staging: Staging, key: bytes) -> None:
         self._staging = staging
-        self._out = (staging.folder / f"{key.hex()}.kvl").open("ab")
+        self._out = (staging.folder / f"{key.hex()}.kvl").open("ab", buffering=0)
+        self._whole = self._out.tell()
 
     def add(self, *frames: bytes) -> None:
-        """Append frames and wait until the disk has them."""
-        for frame in frames:
-            self._staging.grown(self._out.write(len(frame).to_bytes(4, "little") + frame))
-        self._out.flush()
-        os.fdatasync(self._out.fileno())
+        """Append frames and wait until the disk has them: all of them, or BusyError and none."""
+        data = b"".join(len(frame).to_bytes(4, "little") + frame for frame in frames)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[self._out.write(left) :]
+            os.fdatasync(self._out.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._out.fileno(), self._whole)
+            raise BusyError(
+                f"frames cannot be kept on disk: {error.strerror}; try again later", 5.0
+            ) from error
+        self._whole += len(data)
+        self._staging.grown(len(data))
 
     def close(self) -> None:
         self._out.close()

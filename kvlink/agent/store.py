@@ -137,6 +137,12 @@ class Store(Generic[T]):
         with self._lock:
             self._expire()
 
+    def ids(self) -> set[str]:
+        """The ids of what is held."""
+        with self._lock:
+            self._expire()
+            return set(self._entries)
+
     def __contains__(self, key: str) -> bool:
         with self._lock:
             self._expire()

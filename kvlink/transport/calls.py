@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from kvlink.errors import CredentialsError, InputError, KvlinkError
@@ -38,8 +38,7 @@ class Guard:
         """Raises CredentialsError, AccessError, InputError."""
         shown = [(str(key), value) for key, value in context.invocation_metadata() or ()]
         readers = tuple(str(value) for key, value in shown if key == READERS)
-        if len(readers) > _MAX_READERS or not all(NAME.fullmatch(name) for name in readers):
-            raise InputError(f"{READERS}: expected at most {_MAX_READERS} names of peers")
+        check_readers(readers)
         name = ""
         if self._credentials is not None:
             name = _proven(context)
@@ -47,6 +46,12 @@ class Guard:
             self._credentials.admit(name, token.removeprefix("Bearer "), method)
         trace = next((str(value) for key, value in shown if key == "traceparent"), "")
         return Caller(name, readers, context.time_remaining(), trace)
+
+
+def check_readers(names: Sequence[str]) -> None:
+    """Raise InputError unless these are names of peers, and few."""
+    if len(names) > _MAX_READERS or not all(NAME.fullmatch(name) for name in names):
+        raise InputError(f"readers: expected at most {_MAX_READERS} names of peers")
 
 
 def _proven(context: Any) -> str:

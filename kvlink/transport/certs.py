@@ -39,6 +39,7 @@ AUTHORITY_DAYS = 3650.0
 AUTHORITY, IDENTITY, PEERS = "authority.pem", "identity.pem", "peers.toml"
 _AUTHORITY_KEY = "authority.key"
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]+:\d+|\[[0-9a-fA-F:]+\]:\d+)?")
 _SKEW = datetime.timedelta(minutes=5)
 
 RIGHTS_BY_KIND: dict[tuple[Kind, Kind], tuple[str, ...]] = {
@@ -63,6 +64,8 @@ class Member:
             raise ConfigError(
                 f"a peer's name has letters, digits, '.', '_' and '-', at most 64, got {self.name!r}"
             )
+        if not _ADDRESS.fullmatch(self.address):
+            raise ConfigError(f"expected an address as host:port, got {self.address!r}")
 
 
 def begin(folder: Path, members: Iterable[Member], days: float = DEFAULT_DAYS) -> list[Path]:

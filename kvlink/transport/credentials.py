@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import hmac
 import logging
+import threading
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +75,10 @@ class Credentials:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._lock = threading.Lock()  # handshakes ask from threads of their own
         self._stamp = self._now()
         self._loaded = self._load()
-        self._server_stamp: tuple[int, ...] = ()
+        self._served: _Loaded | None = None
 
     @property
     def name(self) -> str:
@@ -128,13 +130,13 @@ class Credentials:
 
         def newest() -> grpc.ServerCertificateConfiguration | None:
             told = self._fresh()
-            if self._stamp == self._server_stamp:
+            if told is self._served:
                 return None  # as before
-            self._server_stamp = self._stamp
+            self._served = told
             return self._configuration(told)
 
-        self._server_stamp = self._stamp
-        return grpc.dynamic_ssl_server_credentials(self._configuration(self._loaded), newest, True)
+        self._served = self._fresh()
+        return grpc.dynamic_ssl_server_credentials(self._configuration(self._served), newest, True)
 
     def admit(self, name: str, token: str, method: str) -> None:
         """Let a peer call a method, or not.
@@ -166,17 +168,16 @@ class Credentials:
         return tuple(stamps)
 
     def _fresh(self) -> _Loaded:
-        stamp = self._now()
-        if stamp != self._stamp:
-            self._stamp = stamp
-            try:
-                self._loaded = self._load()
-                log.info(
-                    "credentials of %r read again, valid until %s", self._loaded.name, self._loaded.until
-                )
-            except ConfigError as error:
-                log.error("the last good credentials stay in force: %s", error)
-        return self._loaded
+        with self._lock:
+            stamp = self._now()
+            if stamp != self._stamp:
+                self._stamp = stamp
+                try:
+                    told = self._loaded = self._load()
+                    log.info("credentials of %r read again, valid until %s", told.name, told.until)
+                except ConfigError as error:
+                    log.error("the last good credentials stay in force: %s", error)
+            return self._loaded
 
     def _load(self) -> _Loaded:
         try:
@@ -193,7 +194,7 @@ class Credentials:
             raise ConfigError(
                 f"{self.folder}: the certificate is {name!r}'s, {certs.PEERS} says {peers.get('name')!r}"
             )
-        if until - datetime.datetime.now(datetime.UTC) < _WARN:
+        if datetime.timedelta() < until - datetime.datetime.now(datetime.UTC) < _WARN:
             log.warning("the certificate of %r in %s is valid until %s", name, self.folder, until)
         try:
             dial = {at: Dial(str(told["name"]), str(told["token"])) for at, told in _tables(peers, "dial")}

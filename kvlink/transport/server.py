@@ -27,7 +27,7 @@ from kvlink.errors import AccessError, ConfigError
 from kvlink.recipe import Wish
 from kvlink.transport import convert
 from kvlink.transport.api import Ask, Caller, Delivery, Fetch, ReceiverHandler, SenderHandler
-from kvlink.transport.calls import Guard, stream, unary
+from kvlink.transport.calls import Guard, check_readers, stream, unary
 from kvlink.transport.credentials import Credentials
 from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
 
@@ -140,6 +140,7 @@ class _Sender(_Agent):
     @unary
     async def PublishContext(self, request: Any, caller: Caller) -> Any:
         turns = [(turn.role, turn.content) for turn in request.earlier_turns]
+        check_readers(request.readers)
         told = replace(caller, readers=tuple(request.readers))
         done = await self._handler.publish(request.text, request.lifetime_s, turns, told)
         return sender_pb2.PublishContextResponse(

@@ -55,6 +55,7 @@ class Limits:
     max_cache_bytes: int = 4_000_000_000
     max_context_tokens: int = 1_000_000
     max_frame_bytes: int = 4_000_000
+    max_frames: int = 1_000_000
     max_segments: int = 1024
     max_text_bytes: int = 16_000_000
 
@@ -199,6 +200,8 @@ class ReceiveSession:
         where = f"frame {self._next_sequence}"
         if len(data) > self.limits.max_frame_bytes + 1024:
             raise LimitError(f"{where}: at most {self.limits.max_frame_bytes} bytes, found {len(data)}")
+        if self._next_sequence >= self.limits.max_frames:
+            raise LimitError(f"{where}: at most {self.limits.max_frames} frames")
         frame = pb.Frame()
         try:
             frame.ParseFromString(data)
@@ -221,7 +224,10 @@ class ReceiveSession:
         return list(events)
 
     def _on_manifest(self, message: pb.Manifest, where: str) -> list[Event]:
-        manifest = manifest_from_proto(message)
+        try:
+            manifest = manifest_from_proto(message)
+        except KvlinkError as error:
+            raise type(error)(f"{where}: {error}") from error
         shape, limits = manifest.shape, self.limits
         for name, found, most in (
             ("context tokens", shape.tokens, limits.max_context_tokens),

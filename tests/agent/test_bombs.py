@@ -44,7 +44,7 @@ def bomb(declared: int | None) -> bytes:
     size = {"size": GIGABYTES} if declared is None else {"size": declared}
     if declared is not None and declared < 0:
         size = {}
-    with zstandard.ZstdCompressor(level=19).stream_writer(out, closefd=False, **size) as writer:
+    with zstandard.ZstdCompressor(level=1).stream_writer(out, closefd=False, **size) as writer:
         for _ in range(GIGABYTES // len(piece)):
             writer.write(piece)
         writer.write(bytes(GIGABYTES % len(piece)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 from dataclasses import replace
 
 import pytest
@@ -151,6 +153,29 @@ async def test_damaged_files_are_never_trusted(sender, frames, staged, damage):
 async def test_files_are_readable_by_their_owner_only(sender, frames, staged):
     await feed(ReceiverService(Receiver(sender.lm), staged), frames[:5])
     assert {path.stat().st_mode & 0o077 for path in staged.staging.iterdir()} == {0}
+
+
+async def test_a_full_disk_loses_nothing(sender, frames, staged, monkeypatch):
+    """The sender is told to come again, and goes on where it was once there is room."""
+    service = ReceiverService(Receiver(sender.lm), replace(staged, durable_bytes=10_000))
+    full = True
+    sync = os.fdatasync
+
+    def fdatasync(descriptor: int) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    await feed(service, frames[:1])
+    monkeypatch.setattr("kvlink.agent.staging.os.fdatasync", fdatasync)
+    with pytest.raises(BusyError, match="No space left on device"):
+        await feed(service, frames)
+    full = False
+    (begun, *_) = await feed(service, frames[:1])
+    (*_, done) = await feed(service, [frames[0], *frames[begun.next_sequence :]])
+    assert done.state == "complete"
+    second = ReceiverService(Receiver(sender.lm), staged)
+    assert await answer(second, done.cache_id) == await answer(service, done.cache_id), "the file is whole"
 
 
 def test_a_full_folder_says_when_to_come_again(tmp_path):

@@ -31,6 +31,7 @@ from kvlink.transport.credentials import Credentials
 from kvlink.transport.server import Server
 from kvlink.v1 import common_pb2, receiver_pb2, receiver_pb2_grpc
 from tests.agent.conftest import QUESTION, TEXT
+from tests.command import free_address
 
 
 @dataclass
@@ -64,18 +65,10 @@ class Network:
             return "".join([piece.text async for piece in target.generate(Ask(cache_id, QUESTION))])
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 async def network(random_lm, tmp_path) -> AsyncIterator[Network]:
     lm, folder = random_lm("qwen2", "bfloat16"), tmp_path / "network"
-    receiver_at, sender_at = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    receiver_at, sender_at = (free_address() for _ in range(2))
     members = [Member("reader", "receiver", receiver_at), Member("writer", "sender", sender_at)]
     certs.begin(folder, [*members, Member("anna", "client"), Member("bert", "client")])
     receiver = ReceiverService(Receiver(lm))

@@ -38,7 +38,7 @@ GROWTH = 0.05
 
 
 def specification() -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "--no-header", *SPECIFICATION]
+    command = [sys.executable, "-m", "pytest", "-rs", "--no-header", *SPECIFICATION]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     told = done.stdout.strip().splitlines()
     return {"passed": done.returncode == 0, "said": told[-1] if done.returncode == 0 else told[-15:]}

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from kvlink.eval.processes import agent
 from kvlink.transport.api import Ask, Caller, Delivery, PushStatus
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.server import Server
+from tests.command import free_address
 from tests.faults.mutations import QUESTION, RECIPES, TEXT
 from tests.relay import relay
 
@@ -148,12 +148,6 @@ async def on_connections(sender: Sender, report: Report, count: int) -> None:
                 found = await ask(f"127.0.0.1:{port}", cache_id)
             report.check(f"{recipe}, cut after {500 + total * number // count} bytes", found, expected)
     await server.stop(0)
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 async def with_dying_receivers(sender: Sender, report: Report, model: str, count: int) -> None:

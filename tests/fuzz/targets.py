@@ -11,13 +11,15 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import google_crc32c
+import torch
 from blake3 import blake3
 from google.protobuf.message import DecodeError
 
 from kvlink.compress.codec import decode
 from kvlink.compress.lossless import unpack_part
 from kvlink.errors import KvlinkError
-from kvlink.profile import Profile
+from kvlink.payload import Fingerprint
+from kvlink.profile import Profile, Side
 from kvlink.recipe import Recipe
 from kvlink.transport.handle import Handle
 from kvlink.v1 import wire_pb2 as pb
@@ -128,6 +130,13 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 }
 
 
+def _small_profile() -> bytes:
+    """A profile of one layer with four channels."""
+    sides = [Side(torch.zeros(4), torch.eye(4)[None], torch.zeros(4, dtype=torch.int64)) for _ in range(2)]
+    mark = Fingerprint(*(bytes([number]) * 16 for number in range(5)))
+    return Profile(mark, (sides[0],), (sides[1],), {"texts": "0"}, ((0, 0.5),)).to_bytes()
+
+
 @cache
 def seeds(name: str) -> tuple[bytes, ...]:
     """Valid inputs to begin from."""
@@ -143,7 +152,7 @@ def seeds(name: str) -> tuple[bytes, ...]:
         ),
         "file": tuple(files),
         "recipe": tuple(text.encode() for text, *_ in make_vectors.VECTORS.values()),
-        "profile": (b'\x10\x00\x00\x00\x00\x00\x00\x00{"__metadata__"',),
+        "profile": (_small_profile(), _small_profile()[:40]),
         "header": (
             pb.Frame.FromString(frames_of("int4-kept")[1]).segment_header.SerializeToString(),
         ),

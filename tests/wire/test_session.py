@@ -129,6 +129,7 @@ def test_a_session_takes_nothing_after_an_error():
         (Limits(max_cache_bytes=3000), "at most 3000 cache bytes"),
         (Limits(max_frame_bytes=0), "at most 0 bytes"),
         (Limits(max_segments=0), "at most 0 segments"),
+        (Limits(max_frames=2), "frame 2: at most 2 frames"),
     ],
 )
 def test_limits_are_checked_before_anything_is_taken(limits, message):

@@ -12,6 +12,7 @@ import pytest
 
 from kvlink.compress.codec import decode
 from kvlink.compress.lossless import unpack_part
+from kvlink.errors import KvlinkError
 from kvlink.wire.file import read_frames, write_frames
 from kvlink.wire.inspect import describe, listing
 from kvlink.wire.session import ReceiveSession, SegmentReceived, TextReceived, diagram
@@ -68,3 +69,16 @@ def test_a_file_is_written_as_it_was_read():
     out = io.BytesIO()
     write_frames(read_frames(io.BytesIO(data)), out)
     assert out.getvalue() == data
+
+
+@pytest.mark.parametrize("name", ["int4-kept", "transform-tiers", "text"])
+def test_every_single_flipped_bit_of_a_file_is_refused_and_says_where(name):
+    data = (FOLDER / f"{name}.kvl").read_bytes()
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << (bit % 8)
+        session = ReceiveSession()
+        with pytest.raises(KvlinkError, match=r"frame \d+|\.kvl|transfer ends"):
+            for frame in read_frames(io.BytesIO(bytes(flipped))):
+                session.receive(frame)
+            session.close()
