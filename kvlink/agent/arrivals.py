@@ -23,7 +23,7 @@ from kvlink.agent.settings import ReceiverSettings
 from kvlink.agent.staging import Staged, Staging
 from kvlink.agent.store import Store
 from kvlink.agent.threads import to_thread
-from kvlink.errors import AccessError, KvlinkError, NotFoundError, RemoteProtocolError
+from kvlink.errors import AccessError, BusyError, KvlinkError, NotFoundError, RemoteProtocolError
 from kvlink.observe import Observer
 from kvlink.receipt import Receipt
 from kvlink.transport.api import Caller, PushState, PushStatus
@@ -53,6 +53,8 @@ class Incoming:
     file: Staged | None = None
     unsaved: list[bytes] = field(default_factory=list)
     unsaved_bytes: int = 0
+    streams: int = 0
+    """Streams that are open for it, dead or alive: while there is one, nobody has given it up."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -96,6 +98,13 @@ class Arrivals:
             self._save(incoming)
         return due
 
+    async def settle(self, incoming: Incoming) -> None:
+        """Keep what is complete. Its lock is held; a stream that died in the last moment left it to us."""
+        held = incoming.intake.held
+        if held is not None and incoming.state == "accepted":
+            await to_thread(self._save, incoming)
+            self._keep(incoming, held)
+
     @staticmethod
     def _save(incoming: Incoming) -> None:
         if incoming.file is not None and incoming.unsaved:
@@ -121,7 +130,9 @@ class Arrivals:
                 ticket.leave()
             else:
                 await self._open(key, intake, frame, caller, ticket, me)
-        incoming = self._incoming[key]
+        incoming = self._incoming.get(key)
+        if incoming is None:  # it was refused under another stream meanwhile
+            raise BusyError("frame 0: this transfer was just given up; try again")
         if incoming.caller.name != caller.name:
             raise AccessError("frame 0: this transfer id is taken")
         if incoming.manifest_frame != frame:
@@ -144,8 +155,7 @@ class Arrivals:
         try:
             async with incoming.lock:
                 await to_thread(self._recall, incoming)
-                if incoming.intake.held is not None:
-                    self.keep(incoming, incoming.intake.held)
+                await self.settle(incoming)
         except BaseException:
             self._let_go(incoming)
             raise
@@ -186,18 +196,23 @@ class Arrivals:
             raise RemoteProtocolError("frame 0: expected a manifest")
         return intake
 
-    def keep(self, incoming: Incoming, held: Held) -> None:
+    def _keep(self, incoming: Incoming, held: Held) -> None:
         """Complete: the cache moves into the store, and the transfer's place is free."""
         caller = incoming.caller
         self._store.release(incoming.reserved_bytes, caller.name)
         incoming.reserved_bytes = 0
         incoming.receipt = receipt = held.receipt
+        _, until = self._shelf.get(incoming.cache_id, (b"", time.time() + self.settings.cache_lifetime_s))
         incoming.cache_id = self._store.put(
-            held, held.nbytes, owner=caller.name, readers=caller.readers, key=incoming.cache_id
+            held,
+            held.nbytes,
+            max(until - time.time(), 1e-3),
+            owner=caller.name,
+            readers=caller.readers,
+            key=incoming.cache_id,
         )
         incoming.intake.release()  # the store's bound and lifetime decide from here on
         if self._staging is not None and incoming.cache_id not in self._shelf:
-            until = time.time() + self.settings.cache_lifetime_s
             self._shelf[incoming.cache_id] = (incoming.key, until)
             notes = {"owner": caller.name, "readers": list(caller.readers)}
             self._staging.note(incoming.key, {**notes, "cache_id": incoming.cache_id, "expires_at": until})
@@ -245,10 +260,10 @@ class Arrivals:
                 if quiet or incoming.cache_id not in held:
                     del self._incoming[incoming.key]
             elif incoming.lock.locked():
-                continue
+                continue  # at work: the next sweep will see
             elif incoming.began_at < now - told.transfer_deadline_s:
                 self.end(incoming, "failed", f"not complete within {told.transfer_deadline_s:g} s")
-            elif quiet:
+            elif quiet and not incoming.streams:
                 self.end(incoming, "failed", f"broken, and not resumed within {told.resume_lifetime_s:g} s")
         for cache_id, (key, until) in list(self._shelf.items()):
             if until <= time.time():

@@ -92,6 +92,7 @@ class ReceiverService:
         self.sweep()
         incoming = await self.arrivals.admit(await self._next(frames), me, caller)
         with self.observer.span("receive", caller.trace, transfer=incoming.key.hex()) as told:
+            incoming.streams += 1
             try:
                 async with aclosing(self._feed(incoming, frames, me)) as statuses:
                     async for status in statuses:
@@ -109,6 +110,7 @@ class ReceiverService:
                     self.arrivals.end(incoming, "failed", f"{type(error).__name__}: {error}")
                 raise
             finally:
+                incoming.streams -= 1
                 told.attributes |= {"state": incoming.state, "wire_bytes": incoming.receipt.wire_bytes}
 
     async def _feed(
@@ -116,6 +118,7 @@ class ReceiverService:
     ) -> AsyncGenerator[PushStatus, None]:
         """Take the frames of one stream into a transfer that was admitted."""
         async with incoming.lock:  # what an earlier stream brought last is counted
+            await self.arrivals.settle(incoming)
             status = self.arrivals.status(incoming)
         yield status
         if status.state == "complete":
@@ -129,11 +132,10 @@ class ReceiverService:
                     raise DeadlineError(f"this transfer is over: {incoming.why or incoming.state}")
                 durable = await to_thread(self.arrivals.take, incoming, frame)
                 incoming.touched_at = time.monotonic()
-                if incoming.intake.held is not None:
-                    self.arrivals.keep(incoming, incoming.intake.held)
-                    read_s = incoming.receipt.stage_s.get("read")
-                    if read_s:
-                        self._prefill_tokens_per_s = incoming.receipt.context_tokens / read_s
+                await self.arrivals.settle(incoming)
+            read_s = incoming.receipt.stage_s.get("read")
+            if read_s:
+                self._prefill_tokens_per_s = incoming.receipt.context_tokens / read_s
             if durable:
                 yield self.arrivals.status(incoming, "durable")
             if incoming.cache_id:

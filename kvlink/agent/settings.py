@@ -29,7 +29,7 @@ class ReceiverSettings:
     unused_s: float = 30.0
     resume_lifetime_s: float = 120.0
     transfer_deadline_s: float = 900.0
-    idle_s: float = 60.0
+    idle_s: float = 300.0
     durable_bytes: int = 1_000_000
     max_transfers: int = 32
     max_peer_transfers: int = 0

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import errno
 import os
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from kvlink.agent.receiver import Receiver
+from kvlink.agent.receiver import Intake, Receiver
 from kvlink.agent.receiver_service import ReceiverService
 from kvlink.agent.sender import Sender
 from kvlink.agent.sender_service import SenderService
@@ -153,6 +154,42 @@ async def test_damaged_files_are_never_trusted(sender, frames, staged, damage):
 async def test_files_are_readable_by_their_owner_only(sender, frames, staged):
     await feed(ReceiverService(Receiver(sender.lm), staged), frames[:5])
     assert {path.stat().st_mode & 0o077 for path in staged.staging.iterdir()} == {0}
+
+
+async def test_a_stream_that_dies_under_the_last_frame_has_not_been_in_vain(sender, frames, monkeypatch):
+    """The cache was complete when nobody listened any more: who asks again gets it at once."""
+    service = ReceiverService(Receiver(sender.lm))
+    restore, restoring = Intake._restore, asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def slowly(self):
+        loop.call_soon_threadsafe(restoring.set)
+        time.sleep(0.2)
+        return restore(self)
+
+    monkeypatch.setattr(Intake, "_restore", slowly)
+    task = asyncio.create_task(feed(service, frames))
+    await restoring.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    (done,) = await feed(service, frames[:1])
+    assert done.state == "complete"
+    assert await answer(service, done.cache_id) is not None
+
+
+async def test_a_slow_stream_is_not_swept_away(sender, frames):
+    """A frame may take longer than a broken transfer is kept for."""
+    service = ReceiverService(Receiver(sender.lm), ReceiverSettings(resume_lifetime_s=0.02))
+
+    async def slow():
+        for frame in frames:
+            if frame in frames[2:4]:
+                await asyncio.sleep(0.1)
+                service.sweep()
+            yield frame
+
+    assert [status async for status in service.push_cache(slow())][-1].state == "complete"
 
 
 async def test_a_full_disk_loses_nothing(sender, frames, staged, monkeypatch):
