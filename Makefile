@@ -1,7 +1,7 @@
 # make demo   two agents on loopback, 25 questions, one table
 # make test   lint, types, generated code and all tests
 # make eval   every table: accuracy against bytes
-# make faults lines that break, peers that lie or die, load: half an hour, one JSON object at the end
+# make faults lines that break, peers that lie or die, load: a quarter of an hour, one JSON object at the end
 # make fuzz   every parser under a coverage-guided fuzzer, SECONDS=120 in all
 # All create .venv when it is missing.
 
@@ -35,7 +35,7 @@ proto: $(READY)
 eval: $(READY)
 	$(BIN)/kvlink eval all
 
-# Within half an hour on two CPU cores; the last line is a JSON object.
+# A quarter of an hour on two CPU cores; the last line is a JSON object.
 faults: $(READY)
 	$(BIN)/python -m tests.faults
 

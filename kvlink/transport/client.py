@@ -17,7 +17,7 @@ import math
 import secrets
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -237,7 +237,7 @@ class _Client:
         with contextlib.suppress(KvlinkError, asyncio.CancelledError):
             await asyncio.shield(self._unary(method, request, 2.0))
 
-    async def _again(self, attempt: Callable[[], AsyncIterator[Any]]) -> AsyncGenerator[Any, None]:
+    async def _again(self, attempt: Callable[[], AsyncGenerator[Any, None]]) -> AsyncGenerator[Any, None]:
         """The items of `attempt()`, made again where the link fails.
 
         Gives up after `ATTEMPTS` that brought nothing new.
@@ -247,9 +247,10 @@ class _Client:
             try:
                 if failed:
                     await self._ready()
-                async for item in attempt():
-                    failed = 0
-                    yield item
+                async with contextlib.aclosing(attempt()) as items:
+                    async for item in items:
+                        failed = 0
+                        yield item
                 return
             except PeerUnavailableError as error:
                 failed += 1
@@ -371,10 +372,11 @@ class ReceiverClient(_Client):
             seed=ask.seed,
         )
         call = self._stub.Generate(request, timeout=self.timeout_s, metadata=self._shown())
-        async for message in self._messages(call):
-            if message.token_ids or message.done:
-                receipt = convert.receipt_from_proto(message.receipt)
-                yield Piece(message.text, tuple(message.token_ids), message.done, receipt)
+        async with contextlib.aclosing(self._messages(call)) as messages:
+            async for message in messages:
+                if message.token_ids or message.done:
+                    receipt = convert.receipt_from_proto(message.receipt)
+                    yield Piece(message.text, tuple(message.token_ids), message.done, receipt)
 
     async def put_profile(self, data: bytes) -> bytes:
         """Send a profile ahead; its digest. Raises IdentityError where it is another model's."""
@@ -434,13 +436,14 @@ class SenderClient(_Client):
             **_wished(fetch.wish),
         )
 
-        def frames() -> AsyncIterator[bytes]:
+        def frames() -> AsyncGenerator[bytes, None]:
             call = method(request, timeout=self.timeout_s, metadata=self._shown())
             return self._messages(call, beats=False)  # a frame has no room for signs of life
 
-        async for frame in self._again(frames):
-            request.next_sequence += 1
-            yield frame
+        async with contextlib.aclosing(self._again(frames)) as found:
+            async for frame in found:
+                request.next_sequence += 1
+                yield frame
 
     async def deliver(self, delivery: Delivery) -> AsyncGenerator[Progress, None]:
         """Let the sender deliver. A link that breaks is made again; leaving early gives it up at both ends."""
@@ -449,9 +452,10 @@ class SenderClient(_Client):
         )
         ended = False
         try:
-            async for progress in self._again(lambda: self._deliver(delivery)):
-                ended = progress.done
-                yield progress
+            async with contextlib.aclosing(self._again(lambda: self._deliver(delivery))) as told:
+                async for progress in told:
+                    ended = progress.done
+                    yield progress
             ended = True
         except KvlinkError:
             ended = True
@@ -476,8 +480,10 @@ class SenderClient(_Client):
         else:
             request.text = delivery.text
         call = self._stub.DeliverCache(request, timeout=self.timeout_s, metadata=self._shown())
-        async for message in self._messages(call):
-            if message.total_bytes:
+        async with contextlib.aclosing(self._messages(call)) as messages:
+            async for message in messages:
+                if not message.total_bytes:
+                    continue  # a sign of life
                 yield Progress(
                     message.sent_bytes,
                     message.total_bytes,

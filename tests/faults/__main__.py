@@ -1,4 +1,4 @@
-"""`python -m tests.faults`: everything that can go wrong on purpose, within half an hour.
+"""`python -m tests.faults`: everything that can go wrong on purpose, in a quarter of an hour.
 
     specification  the tests of sessions, resume, security, bombs and fuzz targets
     fuzz           every parser under a coverage-guided fuzzer
