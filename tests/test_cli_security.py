@@ -130,6 +130,8 @@ def test_every_line_of_a_json_log_is_json_and_names_its_transfer(network):
     mine = [line for line in lines if line.get("transfer") == transfer]
     assert [line["message"].partition(":")[0] for line in mine] == ["transfer complete"]
     assert mine[0]["peer"] == "writer"
+    assert mine[0]["receipt"]["transfer_id"] == transfer
+    assert mine[0]["receipt"]["bytes"]["codes"] > 0
     assert QUESTION not in log
     assert "Tavik" not in log
 

@@ -217,9 +217,8 @@ class Arrivals:
             notes = {"owner": caller.name, "readers": list(caller.readers)}
             self._staging.note(incoming.key, {**notes, "cache_id": incoming.cache_id, "expires_at": until})
         self.end(incoming, "complete")
-        log.info(
-            "transfer complete: %d bytes, %s", receipt.wire_bytes, receipt.recipe, extra=log_fields(incoming)
-        )
+        told = {**log_fields(incoming), "receipt": receipt.to_dict()}
+        log.info("transfer complete: %d bytes, %s", receipt.wire_bytes, receipt.recipe, extra=told)
         for kind, count in receipt.bytes.items():
             self._observer.count("received_bytes", "Bytes of complete transfers", count, kind=kind)
         for stage, seconds in receipt.stage_s.items():
