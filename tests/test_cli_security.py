@@ -155,6 +155,7 @@ BAD = {
     "renew nothing": (["certs", "renew", "{none}"], 2, "holds no authority"),
     "show nothing": (["certs", "show", "{none}"], 2, "no credentials in"),
     "agent without": (["receiver", "--credentials", "{none}"], 2, "no credentials in"),
+    "the network itself": (["health", "127.0.0.1:9", "--credentials", "{net}"], 2, "one peer's folder of it: a, r"),
     "expired": (["receiver", "--credentials", "{old}/r"], 6, "expired at .*certs renew"),
     "both": (["receiver", "--credentials", "{net}/r", "--insecure"], 2, "exclude each other"),
     "dial off loopback": (["health", "192.0.2.1:9"], 6, "refusing to dial 192.0.2.1:9 without encryption"),

@@ -12,6 +12,7 @@ Does not know: how anything is done. Place on the path: outside it; imports lazi
 
 from __future__ import annotations
 
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -88,6 +89,7 @@ def root(
 
 def main() -> None:
     """Run the command; errors of the package become a line on standard error and an exit code."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it notes on standard error we say ourselves
     try:
         app(auto_envvar_prefix="KVLINK")
     except errors.KvlinkError as error:

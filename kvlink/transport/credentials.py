@@ -185,9 +185,13 @@ class Credentials:
             identity = (self.folder / certs.IDENTITY).read_bytes()
             peers = tomllib.loads((self.folder / certs.PEERS).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(
-                f"no credentials in {self.folder}: {error}; 'kvlink certs init' makes them"
-            ) from error
+            inside = sorted(path.parent.name for path in self.folder.glob(f"*/{certs.PEERS}"))
+            hint = (
+                f"give one peer's folder of it: {', '.join(inside)}"
+                if inside
+                else "'kvlink certs init' makes them"
+            )
+            raise ConfigError(f"no credentials in {self.folder}: {error}; {hint}") from error
         key, mark, chain = identity.partition(b"-----BEGIN CERTIFICATE-----")
         name, until = certs.expiry(mark + chain)
         if peers.get("name") != name:
