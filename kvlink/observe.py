@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvlink.errors import ConfigError
+from kvlink.receipt import Receipt
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _PARENT = "traceparent"
@@ -46,6 +47,17 @@ class Observer:
         """Add to a histogram of seconds."""
         if self._prometheus is not None:
             self._metric("Histogram", name, help_text, labels, buckets=SECONDS).observe(value)
+
+    def cost(self, name: str, receipt: Receipt) -> None:
+        """Count what one complete transfer cost: its bytes by kind under `name`, its seconds by stage."""
+        for kind, count in receipt.bytes.items():
+            self.count(name, "Bytes of complete transfers", count, kind=kind)
+        for stage, seconds in receipt.stage_s.items():
+            self.stage(stage, seconds)
+
+    def stage(self, name: str, seconds: float) -> None:
+        """Add to the seconds of a stage of the path."""
+        self.seconds("stage_seconds", "Seconds of a stage", seconds, stage=name)
 
     def watch(self, name: str, help_text: str, read: Callable[[], float]) -> None:
         """A gauge that is read when somebody asks."""

@@ -184,8 +184,7 @@ class Arrivals:
                 log.warning("what was on disk is of no use: %s", error, extra=log_fields(incoming))
             incoming.file.close()
         incoming.intake = self._intake(frame)
-        notes = {"owner": incoming.caller.name, "readers": list(incoming.caller.readers)}
-        incoming.file = self._staging.begin(key, notes)
+        incoming.file = self._staging.begin(key, _whose(incoming.caller))
         incoming.file.add(frame)
 
     def _intake(self, frame: bytes) -> Intake:
@@ -214,15 +213,12 @@ class Arrivals:
         incoming.intake.release()  # the store's bound and lifetime decide from here on
         if self._staging is not None and incoming.cache_id not in self._shelf:
             self._shelf[incoming.cache_id] = (incoming.key, until)
-            notes = {"owner": caller.name, "readers": list(caller.readers)}
-            self._staging.note(incoming.key, {**notes, "cache_id": incoming.cache_id, "expires_at": until})
+            notes = {**_whose(caller), "cache_id": incoming.cache_id, "expires_at": until}
+            self._staging.note(incoming.key, notes)
         self.end(incoming, "complete")
         told = {**log_fields(incoming), "receipt": receipt.to_dict()}
         log.info("transfer complete: %d bytes, %s", receipt.wire_bytes, receipt.recipe, extra=told)
-        for kind, count in receipt.bytes.items():
-            self._observer.count("received_bytes", "Bytes of complete transfers", count, kind=kind)
-        for stage, seconds in receipt.stage_s.items():
-            self._observer.seconds("stage_seconds", "Seconds of a stage", seconds, stage=stage)
+        self._observer.cost("received_bytes", receipt)
 
     def end(self, incoming: Incoming, state: PushState, why: str = "") -> None:
         """The one end of a transfer. What has failed or was cancelled leaves nothing behind."""
@@ -288,12 +284,10 @@ class Arrivals:
         key, _ = self._shelf.get(cache_id, (b"", 0.0))
         if not key or self._staging is None or cache_id in self._store:
             return
-        notes = self._staging.notes(key)
-        found = self._staging.resume(key)
-        if found is not None and found[1]:
-            found[0].close()
+        notes, manifest_frame = self._staging.notes(key), self._staging.first_frame(key)
+        if manifest_frame:
             owner = Caller(str(notes.get("owner", "")), tuple(notes.get("readers", ())))
-            incoming = await self.admit(found[1][0], object(), owner)
+            incoming = await self.admit(manifest_frame, object(), owner)
             async with incoming.lock:  # another question may be bringing it back already
                 pass
 
@@ -334,6 +328,11 @@ class Arrivals:
             self._store.delete(cache_id, caller.name)
         if key:
             self._unshelve(cache_id, key)
+
+
+def _whose(caller: Caller) -> dict[str, Any]:
+    """What is noted on disk of who began a transfer."""
+    return {"owner": caller.name, "readers": list(caller.readers)}
 
 
 def log_fields(incoming: Incoming) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from kvlink.agent.sender import Transfer
 from kvlink.agent.staging import Staging
+from kvlink.agent.threads import finished, to_thread
 from kvlink.errors import AccessError, BusyError, RemoteProtocolError
 from kvlink.receipt import Receipt
 from kvlink.wire.messages import TRANSFER_ID_BYTES
@@ -72,7 +73,10 @@ class Outbox:
         """
         if len(key) != TRANSFER_ID_BYTES:
             raise RemoteProtocolError(f"a transfer's id has {TRANSFER_ID_BYTES} bytes, got {len(key)}")
-        packed = self._packed.get(key) or self._from_disk(key) or Packed(owner, request)
+        packed = self._packed.get(key)
+        if packed is None:
+            found = await to_thread(self._from_disk, key)
+            packed = self._packed.get(key) or found or Packed(owner, request)
         if packed.owner != owner:
             raise AccessError("this id is taken")
         if packed.request != request:
@@ -84,7 +88,8 @@ class Outbox:
         try:
             async with packed.lock:
                 if packed.transfer is None:
-                    await self._pack(key, packed, pack)
+                    # To the end even when cancelled: whoever lost its connection will ask again.
+                    await finished(self._fill(key, packed, pack))
         except BaseException:
             self.leave(packed)
             if packed.transfer is None and not packed.busy:
@@ -92,19 +97,10 @@ class Outbox:
             raise
         return packed
 
-    async def _pack(self, key: bytes, packed: Packed, pack: Callable[[], Awaitable[Transfer]]) -> None:
-        """Pack to the end even when cancelled: whoever lost its connection will ask again."""
-        task = asyncio.ensure_future(pack())
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            await asyncio.wait({task})
-            raise
-        finally:
-            if task.done() and not task.cancelled() and task.exception() is None:
-                packed.transfer = task.result()
-                self._make_room(key)
-                self._keep(key, packed)
+    async def _fill(self, key: bytes, packed: Packed, pack: Callable[[], Awaitable[Transfer]]) -> None:
+        packed.transfer = await pack()
+        self._make_room(key)
+        await to_thread(self._keep, key, packed)
 
     def leave(self, packed: Packed) -> None:
         """The counterpart of `get`."""

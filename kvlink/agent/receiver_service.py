@@ -133,12 +133,12 @@ class ReceiverService:
                 durable = await to_thread(self.arrivals.take, incoming, frame)
                 incoming.touched_at = time.monotonic()
                 await self.arrivals.settle(incoming)
-            read_s = incoming.receipt.stage_s.get("read")
-            if read_s:
-                self._prefill_tokens_per_s = incoming.receipt.context_tokens / read_s
             if durable:
                 yield self.arrivals.status(incoming, "durable")
             if incoming.cache_id:
+                read_s = incoming.receipt.stage_s.get("read")
+                if read_s:
+                    self._prefill_tokens_per_s = incoming.receipt.context_tokens / read_s
                 yield self.arrivals.status(incoming)
                 return
 
@@ -186,7 +186,7 @@ class ReceiverService:
                         yield Piece(step.text, (step.token_id,))
                 told.attributes |= {"tokens": count, "first_token_s": first_s}
             self.observer.count("generated_tokens", "Tokens generated", count)
-            self.observer.seconds("stage_seconds", "Seconds of a stage", first_s, stage="first_token")
+            self.observer.stage("first_token", first_s)
             receipt = held.receipt.with_stages(first_token=first_s, generate=last_s - first_s)
             yield Piece("", (), True, receipt)
 

@@ -114,7 +114,7 @@ class SenderService:
     async def fetch_cache(self, fetch: Fetch, caller: Caller = NOBODY) -> AsyncGenerator[bytes, None]:
         """Frames of a published context, reduced for the caller's question, from where it says."""
         key = fetch.transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES)
-        if fetch.next_sequence and self.outbox.peek(key, caller.name) is None:
+        if fetch.next_sequence and await to_thread(self.outbox.peek, key, caller.name) is None:
             raise NotFoundError("the transfer is not here any more; fetch again from frame 0")
         chosen = self._recipe(fetch.recipe)
         with self.store.lease(fetch.context_id, caller.name) as context:
@@ -201,10 +201,7 @@ class SenderService:
                    "receipt": receipt.to_dict()},
         )  # fmt: skip
         self.observer.count("transfers", "Transfers by their end", state="complete")
-        for kind, count in receipt.bytes.items():
-            self.observer.count("sent_bytes", "Bytes of complete transfers", count, kind=kind)
-        for stage, seconds in receipt.stage_s.items():
-            self.observer.seconds("stage_seconds", "Seconds of a stage", seconds, stage=stage)
+        self.observer.cost("sent_bytes", receipt)
         own, told = "", Explanation()
         context = await contexts.get() if delivery.answer_here or delivery.explain else None
         if context is not None:
@@ -217,7 +214,7 @@ class SenderService:
 
     async def cancel_delivery(self, delivery_id: bytes, caller: Caller = NOBODY) -> None:
         """Give up a delivery at both ends. Unknown ids are fine."""
-        packed = self.outbox.peek(delivery_id, caller.name)
+        packed = await to_thread(self.outbox.peek, delivery_id, caller.name)
         if packed is not None:
             self.outbox.forget(delivery_id)
             if packed.receiver:

@@ -2,7 +2,7 @@
 
 A folder holds two files for each transfer: `ID.kvl`, its frames as in any `.kvl` file, and `ID.json`,
 what the agent wrote down about it. Files are readable by their owner only. A frame counts as kept when
-`sync` has returned; a tail that was cut by a crash is dropped when the file is read again.
+`add` has returned; a tail that was cut by a crash is dropped when the file is read again.
 
 Does not know: what a frame says, sockets. Place on the path: beside the receiver's intake and the
 sender's packed transfers.
@@ -68,6 +68,14 @@ class Staging:
         self._bytes -= path.stat().st_size - whole
         os.truncate(path, whole)
         return Staged(self, key), frames
+
+    def first_frame(self, key: bytes) -> bytes:
+        """The first frame of a transfer, without reading the others; empty where there is none."""
+        try:
+            with self._path(key, "kvl").open("rb") as source:
+                return next(read_frames(source), b"")
+        except (OSError, DataError, ProtocolError, LimitError):
+            return b""
 
     def notes(self, key: bytes) -> dict[str, Any]:
         """What was written down about a transfer; empty where nothing can be read."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -17,7 +17,12 @@ _END = object()
 async def to_thread(work: Callable[..., T], *arguments: Any) -> T:
     """`work(*arguments)` in a thread. When cancelled it waits for the thread: that cannot be stopped
     half-way, and what it uses must stay until it is done."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    return await finished(asyncio.to_thread(work, *arguments))
+
+
+async def finished(work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives; when cancelled, only after it has come to its end."""
+    task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:

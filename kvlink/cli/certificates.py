@@ -90,11 +90,7 @@ def _members(sender: list[str] | None, receiver: list[str] | None, client: list[
     from kvlink.transport.certs import Member
     from kvlink.transport.server import split_address
 
-    found = []
-    for told in receiver or ():
-        found.append(("receiver", told))
-    for told in sender or ():
-        found.append(("sender", told))
+    found = [("receiver", text) for text in receiver or ()] + [("sender", text) for text in sender or ()]
     members = []
     for kind, text in found:
         name, mark, address = text.partition("=")

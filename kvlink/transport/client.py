@@ -43,6 +43,7 @@ from kvlink.transport.server import MAX_MESSAGE_BYTES, check_open, split_address
 from kvlink.transport.sockets import SocketCount, connections
 from kvlink.transport.status import from_rpc_error
 from kvlink.v1 import common_pb2, receiver_pb2, receiver_pb2_grpc, sender_pb2, sender_pb2_grpc
+from kvlink.wire.messages import TRANSFER_ID_BYTES
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -61,7 +62,6 @@ QUICK_S = 20.0
 QUIET_S = 6.5
 """Three signs of life that did not come, and a little."""
 ATTEMPTS = 4
-TRANSFER_ID_BYTES = 16
 
 
 def grpc_bytes(message_bytes: Sequence[int]) -> int:

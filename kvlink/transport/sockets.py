@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Offsets in struct tcp_info of the kernel's public headers; it only ever grows at its end.
@@ -56,38 +57,46 @@ class SocketCount:
 
 def connections(host: str, port: int) -> dict[int, SocketCount]:
     """This process's TCP connections to `host:port`, by local port; empty where none can be read."""
-    if not sys.platform.startswith("linux"):
-        return {}
     try:
         addresses = {str(item[4][0]) for item in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-        descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
     except (OSError, ValueError):
         return {}
-    return dict(found for fd in descriptors if (found := _read(fd, addresses, port)))
+    return dict(found for sock in own_connections() if (found := _read(sock, addresses, port)))
 
 
-def _read(descriptor: int, addresses: set[str], port: int) -> tuple[int, SocketCount] | None:
-    """Local port and counters behind a descriptor, if it is a connection to one of `addresses`."""
+def own_connections() -> Iterator[socket.socket]:
+    """Every TCP connection of this process, those of libraries too: duplicates, each closed after its turn."""
+    if not sys.platform.startswith("linux"):
+        return
     try:
-        duplicate = os.dup(descriptor)
-    except OSError:
-        return None
-    try:
-        sock = socket.socket(fileno=duplicate)
-    except OSError:  # no socket
-        os.close(duplicate)
-        return None
-    with sock:
+        descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
+    except (OSError, ValueError):
+        return
+    for descriptor in descriptors:
         try:
-            if sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6):
-                return None
-            peer = sock.getpeername()
-            if peer[0].removeprefix("::ffff:") not in addresses or peer[1] != port:
-                return None
-            raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-            local_port = sock.getsockname()[1]
-        except OSError:  # not connected, or closed meanwhile
+            duplicate = os.dup(descriptor)
+        except OSError:
+            continue
+        try:
+            sock = socket.socket(fileno=duplicate)
+        except OSError:  # no socket
+            os.close(duplicate)
+            continue
+        with sock:
+            if sock.type == socket.SOCK_STREAM and sock.family in (socket.AF_INET, socket.AF_INET6):
+                yield sock
+
+
+def _read(sock: socket.socket, addresses: set[str], port: int) -> tuple[int, SocketCount] | None:
+    """Local port and counters of a connection, if it is one to `addresses`."""
+    try:
+        peer = sock.getpeername()
+        if peer[0].removeprefix("::ffff:") not in addresses or peer[1] != port:
             return None
+        raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        local_port = sock.getsockname()[1]
+    except OSError:  # not connected, or closed meanwhile
+        return None
     if len(raw) < _NEEDED:
         return None
     return local_port, SocketCount(

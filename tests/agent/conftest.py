@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,8 @@ from kvlink.agent.receiver_service import ReceiverService
 from kvlink.agent.sender import Sender
 from kvlink.agent.sender_service import SenderService
 from kvlink.agent.settings import ReceiverSettings, SenderSettings
-from kvlink.transport.api import Ask, Delivery, Progress
+from kvlink.errors import TruncatedError
+from kvlink.transport.api import Ask, Delivery, Progress, PushStatus
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.server import Server
 
@@ -68,3 +70,22 @@ async def pair(random_lm, receiver_settings) -> AsyncIterator[Pair]:
         yield Pair(sender, receiver, source, target, ports[0])
     for server in servers:
         await server.stop(0)
+
+
+async def feed(service: ReceiverService, frames: Sequence[bytes]) -> list[PushStatus]:
+    """Push frames in this process, to the end of what there is; the statuses that came."""
+
+    async def stream() -> AsyncIterator[bytes]:
+        for frame in frames:
+            yield frame
+
+    found = []
+    with contextlib.suppress(TruncatedError):
+        async for status in service.push_cache(stream()):
+            found.append(status)
+    return found
+
+
+async def answer(service: ReceiverService, cache_id: str, question: str = QUESTION) -> str:
+    """What a receiver in this process answers from a cache."""
+    return "".join([piece.text async for piece in service.generate(Ask(cache_id, question))])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import os
 import time
@@ -26,10 +25,10 @@ from kvlink.errors import (
     RemoteProtocolError,
     TruncatedError,
 )
-from kvlink.transport.api import Ask, Caller, Delivery, Fetch
+from kvlink.transport.api import Ask, Delivery, Fetch
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.server import Server
-from tests.agent.conftest import QUESTION, TEXT
+from tests.agent.conftest import QUESTION, TEXT, answer, feed
 from tests.relay import relay
 
 ID = b"0123456789abcdef"
@@ -48,24 +47,6 @@ def frames(sender) -> tuple[bytes, ...]:
 @pytest.fixture
 def staged(tmp_path) -> ReceiverSettings:
     return ReceiverSettings(staging=tmp_path / "in")
-
-
-async def feed(service: ReceiverService, frames, caller: Caller | None = None) -> list:
-    """Push frames in this process, to the end of what there is; the statuses that came."""
-
-    async def stream():
-        for frame in frames:
-            yield frame
-
-    found = []
-    with contextlib.suppress(TruncatedError):
-        async for status in service.push_cache(stream(), caller or Caller()):
-            found.append(status)
-    return found
-
-
-async def answer(service: ReceiverService, cache_id: str) -> str:
-    return "".join([piece.text async for piece in service.generate(Ask(cache_id, QUESTION))])
 
 
 async def test_every_cut_point_resumes_after_a_restart_of_the_receiver(sender, frames, staged):

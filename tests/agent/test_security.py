@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import socket
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +95,7 @@ async def test_known_peers_deliver_and_answer(network):
 async def raw_call(network: Network, **options) -> grpc.aio.AioRpcError:
     """What a stranger's own gRPC client gets from the receiver, whatever it asks."""
     folder = network.folder / "anna"
-    key, mark, chain = (folder / certs.IDENTITY).read_bytes().partition(b"-----BEGIN CERTIFICATE-----")
-    identity = options.get("identity", (key, mark + chain))
+    identity = options.get("identity", identity_of(folder))
     proof = grpc.ssl_channel_credentials((folder / certs.AUTHORITY).read_bytes(), *identity)
     channel = grpc.aio.secure_channel(
         network.receiver_at, proof, options=[("grpc.ssl_target_name_override", "reader")]
@@ -257,14 +258,10 @@ async def test_renewed_certificates_count_without_a_restart(network):
 
 def _served_certificate(network: Network) -> str:
     """The certificate that the receiver shows to a new connection."""
-    import ssl
-
     context = ssl.create_default_context(cafile=str(network.folder / "anna" / certs.AUTHORITY))
     context.load_cert_chain(network.folder / "anna" / certs.IDENTITY)
     context.set_alpn_protocols(["h2"])
     host, port = network.receiver_at.split(":")
-    import socket
-
     with socket.create_connection((host, int(port))) as plain, context.wrap_socket(
         plain, server_hostname="reader"
     ) as sock:  # fmt: skip

@@ -20,11 +20,12 @@ from kvlink.agent.receiver import Receiver
 from kvlink.agent.receiver_service import ReceiverService
 from kvlink.agent.sender import Sender
 from kvlink.agent.settings import ReceiverSettings
-from kvlink.errors import KvlinkError, PeerUnavailableError, TruncatedError
+from kvlink.errors import KvlinkError, PeerUnavailableError
 from kvlink.eval.processes import agent
-from kvlink.transport.api import Ask, Caller, Delivery, PushStatus
+from kvlink.transport.api import Ask, Delivery, PushStatus
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.server import Server
+from tests.agent.conftest import answer, feed
 from tests.command import free_address
 from tests.faults.mutations import QUESTION, RECIPES, TEXT
 from tests.relay import relay
@@ -103,30 +104,17 @@ async def at_every_frame(sender: Sender, report: Report) -> None:
         for cut in range(1, len(frames) + 1):
             with tempfile.TemporaryDirectory() as folder:
                 settings = ReceiverSettings(staging=Path(folder), durable_bytes=4000)
-                told = await _feed(ReceiverService(receiver, settings), frames[:cut])
+                told = await feed(ReceiverService(receiver, settings), frames[:cut])
                 durable = max([s.next_sequence for s in told if s.state == "durable"], default=0)
                 second = ReceiverService(receiver, settings)
-                begun = (await _feed(second, frames[:1]))[0]
+                begun = (await feed(second, frames[:1]))[0]
                 if begun.state != "complete":
                     report.resent_bytes += sum(map(len, frames[begun.next_sequence : durable]))
-                    begun = (await _feed(second, [frames[0], *frames[begun.next_sequence :]]))[-1]
+                    begun = (await feed(second, [frames[0], *frames[begun.next_sequence :]]))[-1]
                 found = None
                 if begun.state == "complete":
-                    pieces = [piece.text async for piece in second.generate(Ask(begun.cache_id, QUESTION))]
-                    found = "".join(pieces).strip()
+                    found = (await answer(second, begun.cache_id, QUESTION)).strip()
                 report.check(f"{recipe}, cut after frame {cut - 1}", found, expected)
-
-
-async def _feed(service: ReceiverService, frames: Sequence[bytes]) -> list[PushStatus]:
-    async def stream():
-        for frame in frames:
-            yield frame
-
-    found = []
-    with contextlib.suppress(TruncatedError):
-        async for status in service.push_cache(stream(), Caller()):
-            found.append(status)
-    return found
 
 
 async def on_connections(sender: Sender, report: Report, count: int) -> None:

@@ -27,7 +27,7 @@ from kvlink.eval import line
 from kvlink.model.loading import load
 from kvlink.transport.client import ReceiverClient
 from kvlink.transport.server import Server
-from kvlink.transport.sockets import connections
+from kvlink.transport.sockets import connections, own_connections
 from tests.conftest import make_checkpoint
 from tests.faults.cuts import LONG
 from tests.faults.mutations import QUESTION
@@ -48,12 +48,11 @@ def measure(repeats: int = 3) -> list[dict[str, Any]]:
     return rows
 
 
-def pin(sock_or_port: socket.socket | int, name: str) -> str:
+def pin(sock: socket.socket, name: str) -> str:
     """Set a socket's congestion control; what is in force then."""
-    sock = sock_or_port
     with contextlib.suppress(OSError):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())  # type: ignore[union-attr]
-    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()  # type: ignore[union-attr]
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
 
 
 def allowed() -> str:
@@ -68,15 +67,10 @@ def allowed() -> str:
 def pin_all(name: str) -> set[str]:
     """Pin every TCP connection of this process, those that gRPC opened too; what is in force."""
     found = set()
-    for entry in os.listdir("/proc/self/fd"):
-        try:
-            sock = socket.socket(fileno=os.dup(int(entry)))
-        except OSError:
-            continue
-        with sock, contextlib.suppress(OSError):
-            if sock.type == socket.SOCK_STREAM and sock.family in (socket.AF_INET, socket.AF_INET6):
-                sock.getpeername()
-                found.add(pin(sock, name))
+    for sock in own_connections():
+        with contextlib.suppress(OSError):
+            sock.getpeername()
+            found.add(pin(sock, name))
     return found
 
 
