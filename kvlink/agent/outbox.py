@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from kvlink.agent.sender import Transfer
 from kvlink.agent.staging import Staging
 from kvlink.agent.threads import finished, to_thread
-from kvlink.errors import AccessError, BusyError, RemoteProtocolError
+from kvlink.errors import AccessError, BusyError, KvlinkError, RemoteProtocolError
 from kvlink.receipt import Receipt
 from kvlink.wire.messages import TRANSFER_ID_BYTES
 from kvlink.wire.session import ReceiveSession
@@ -162,8 +162,12 @@ class Outbox:
         file, frames = found
         file.close()
         session = ReceiveSession()
-        for frame in frames:
-            session.receive(frame)
+        try:
+            for frame in frames:
+                session.receive(frame)
+        except KvlinkError as error:
+            log.warning("what was on disk is of no use: %s", error, extra={"transfer": key.hex()})
+            return None
         if session.state != "done" or session.manifest is None or "receipt" not in notes:
             return None
         transfer = Transfer(session.manifest, tuple(frames), Receipt.from_dict(notes["receipt"]))

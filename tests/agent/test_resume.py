@@ -323,6 +323,23 @@ async def test_a_delivery_goes_on_after_a_restart_of_the_sender_without_packing_
     await target.stop(0)
 
 
+async def test_a_sender_whose_staged_file_is_damaged_packs_again(sender, tmp_path):
+    receiver = ReceiverService(Receiver(sender.lm))
+    target, port = await serve({"receiver": receiver})
+    settings = SenderSettings(staging=tmp_path)
+    delivery = Delivery(f"127.0.0.1:{port}", QUESTION, "raw", text=TEXT, delivery_id=ID)
+    [p async for p in SenderService(sender, settings).deliver_cache(delivery)]
+    (file,) = tmp_path.glob("*.kvl")
+    data = bytearray(file.read_bytes())
+    data[-5000] ^= 1
+    file.write_bytes(data)
+    second = SenderService(sender, settings)
+    last = [p async for p in second.deliver_cache(delivery)][-1]
+    assert last.done
+    assert await answer(receiver, last.cache_id)
+    await target.stop(0)
+
+
 async def test_another_request_under_the_same_name_is_refused(pair):
     delivery = Delivery(pair.target.address, QUESTION, "raw", text=TEXT, delivery_id=ID)
     [p async for p in pair.source.deliver(delivery)]
