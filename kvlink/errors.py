@@ -24,13 +24,16 @@
         ├── PeerUnavailableError
         └── DeadlineError
 
-Messages say what was expected, what was found, and where. `retryable` says whether the same
-call can work later without a change.
+Messages say what was expected, what was found, and where. They are one line of bounded length that any
+terminal and log may show: whatever a peer or a file had in it is quoted and cut (`kvlink.quoting`).
+`retryable` says whether the same call can work later without a change.
 
 Does not know: gRPC (the table that maps this tree to status codes is in `transport.status`).
 """
 
 from __future__ import annotations
+
+from kvlink.quoting import LINE, shown
 
 
 class KvlinkError(Exception):
@@ -38,6 +41,9 @@ class KvlinkError(Exception):
 
     retryable = False
     reported = False
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shown(message, LINE))
 
 
 class InputError(KvlinkError):

@@ -10,14 +10,15 @@ Does not know: what is observed. Place on the path: ground floor, beside it.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from kvlink.errors import ConfigError
+from kvlink.quoting import LINE, json_text, shown
 from kvlink.receipt import Receipt
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -71,7 +72,8 @@ class Observer:
             self._made[name] = make(
                 f"kvlink_{name}", help_text, sorted(labels), registry=self._registry, **more
             )
-        return self._made[name].labels(**labels) if labels else self._made[name]
+        told = {key: shown(value) for key, value in labels.items()}
+        return self._made[name].labels(**told) if labels else self._made[name]
 
     def text(self) -> str:
         """The metrics in Prometheus' text format."""
@@ -106,7 +108,8 @@ class Observer:
         trace = _needed("opentelemetry.trace", "trace")
         carrier = {_PARENT: parent} if parent else {}
         made = propagation.TraceContextTextMapPropagator()
-        span = self._tracer.start_span(name, context=made.extract(carrier), attributes=attributes)
+        plain = {key: _attribute(value) for key, value in attributes.items()}
+        span = self._tracer.start_span(name, context=made.extract(carrier), attributes=plain)
         made.inject(carrier, context=trace.set_span_in_context(span))
         told.parent = carrier.get(_PARENT, "")
         try:
@@ -116,7 +119,7 @@ class Observer:
             raise
         finally:
             for key, value in told.attributes.items():
-                span.set_attribute(key, value)
+                span.set_attribute(key, _attribute(value))
             span.end()
 
 
@@ -126,6 +129,10 @@ class Span:
 
     parent: str = ""
     attributes: dict[str, Any] = field(default_factory=dict)
+
+
+def _attribute(value: Any) -> Any:
+    return shown(value) if isinstance(value, str) else value
 
 
 def current_parent() -> str:
@@ -159,7 +166,45 @@ def _tracer(kind: str, trace_to: str) -> Any:
     return provider.get_tracer("kvlink")
 
 
-class JsonLines(logging.Formatter):
+def _told(value: Any, depth: int = 3) -> Any:
+    """A value of a record's `extra` with its words quoted, and no more of it than a line has room for."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Mapping) and depth:
+        return {shown(k): _told(v, depth - 1) for k, v in islice(value.items(), _MOST)}
+    if isinstance(value, (list, tuple)) and depth:
+        return [_told(v, depth - 1) for v in value[:_MOST]]
+    return shown(value)
+
+
+_MOST = 32
+"""Entries of a mapping or list of a record's `extra`."""
+
+_LONGEST = 4000
+"""Characters of one line of the log: enough for a traceback."""
+
+
+class _Lines(logging.Formatter):
+    """What both formatters share: every word of a record quoted, on one line, of bounded length."""
+
+    def message(self, record: logging.LogRecord) -> str:
+        return shown(record.getMessage(), LINE)
+
+    def formatException(self, ei: Any) -> str:
+        """A traceback on one line: its lines are parted by bars."""
+        return shown(" | ".join(super().formatException(ei).splitlines()), _LONGEST)
+
+
+class TextLines(_Lines):
+    """A log record as one line of text: time, level, logger, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = self.formatTime(record)
+        line = f"{at} {record.levelname} {record.name} {self.message(record)}"
+        return f"{line} | {self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class JsonLines(_Lines):
     """A log record as one JSON object a line: time, level, logger, message, and what `extra` gave."""
 
     _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -170,9 +215,9 @@ class JsonLines(logging.Formatter):
             "at": f"{at}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": self.message(record),
         }
-        told |= {key: value for key, value in vars(record).items() if key not in self._PLAIN}
+        told |= {key: _told(value) for key, value in vars(record).items() if key not in self._PLAIN}
         if record.exc_info:
             told["error"] = self.formatException(record.exc_info)
-        return json.dumps(told, default=str)
+        return json_text(told, ascii_only=True)

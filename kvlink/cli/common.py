@@ -130,15 +130,14 @@ def quiet() -> None:
 
 
 def set_up_log(level: str, style: str = "text") -> None:
-    from kvlink.observe import JsonLines
+    from kvlink.observe import JsonLines, TextLines
 
     if level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise errors.ConfigError(f"log level must be debug, info, warning or error, got {level!r}")
     if style not in ("text", "json"):
         raise errors.ConfigError(f"log format must be text or json, got {style!r}")
     out = logging.StreamHandler()
-    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
-    out.setFormatter(JsonLines() if style == "json" else plain)
+    out.setFormatter(JsonLines() if style == "json" else TextLines())
     logging.basicConfig(level=level.upper(), handlers=[out])
     # Their notes may show what is none of a log's business.
     for name in ("httpx", "asyncio", "grpc", "urllib3"):

@@ -13,6 +13,7 @@ from grpc_status import rpc_status
 
 from kvlink import errors
 from kvlink.errors import KvlinkError
+from kvlink.quoting import shown
 
 CODES: dict[type[KvlinkError], grpc.StatusCode] = {
     errors.KvlinkError: grpc.StatusCode.INTERNAL,
@@ -41,6 +42,9 @@ CODES: dict[type[KvlinkError], grpc.StatusCode] = {
 }
 
 _DOMAIN = "kvlink"
+_MESSAGE_BYTES = 1500
+"""Of a message in a status. It travels twice, once percent-encoded, in metadata of 8 kB at most."""
+
 _BY_NAME = {cls.__name__: cls for cls in CODES}
 _FALLBACK: dict[grpc.StatusCode, type[KvlinkError]] = {
     grpc.StatusCode.UNAVAILABLE: errors.PeerUnavailableError,
@@ -60,7 +64,7 @@ _FALLBACK: dict[grpc.StatusCode, type[KvlinkError]] = {
 def to_status(error: KvlinkError) -> grpc.Status:
     """The rich status of an error: code, message, class name as the reason, when to try again."""
     code = CODES[type(error)]
-    proto = status_pb2.Status(code=code.value[0], message=str(error))
+    proto = status_pb2.Status(code=code.value[0], message=_message(error))
     proto.details.add().Pack(
         error_details_pb2.ErrorInfo(
             reason=type(error).__name__,
@@ -73,6 +77,16 @@ def to_status(error: KvlinkError) -> grpc.Status:
         hint.retry_delay.FromMilliseconds(round(1000 * error.retry_after_s))
         proto.details.add().Pack(hint)
     return rpc_status.to_status(proto)
+
+
+def _message(error: KvlinkError) -> str:
+    """The error's message, cut where its letters take too many bytes."""
+    text = str(error)
+    most = _MESSAGE_BYTES
+    while len(text.encode()) > _MESSAGE_BYTES:
+        most = most * 3 // 4
+        text = shown(error, most)
+    return text
 
 
 def from_rpc_error(error: grpc.RpcError, peer: str) -> KvlinkError:
