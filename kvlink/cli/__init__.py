@@ -22,7 +22,7 @@ import typer
 
 from kvlink import errors
 from kvlink._release import RELEASE
-from kvlink.cli import agents, asking, bench, certificates, evaluating, files, profiles
+from kvlink.cli import agents, asking, bench, certificates, evaluating, files, models, profiles
 
 _HELP = """One agent hands over what it has read: selected, compressed KV caches over gRPC.
 
@@ -49,6 +49,7 @@ for command in (
 ):
     app.command()(command)
 app.command("eval")(evaluating.evaluate)
+app.add_typer(models.app, name="models")
 app.add_typer(profiles.app, name="profile")
 app.add_typer(certificates.app, name="certs")
 app.add_typer(bench.app, name="bench")

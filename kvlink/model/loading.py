@@ -21,11 +21,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from kvlink.cache import DTYPES
 from kvlink.errors import ConfigError, ContextError, ModelError, UnsupportedCacheError
 from kvlink.model.fingerprint import fingerprint_of
+from kvlink.model.sources import EMBEDDED as EMBEDDED
+from kvlink.model.sources import embedded_folder as embedded_folder
+from kvlink.model.sources import folder_of
 from kvlink.model.template import Template, Turn, template_for
 from kvlink.payload import Fingerprint, Prompt
 from kvlink.profile import Profile
 
-EMBEDDED = "kvlink-tiny"
 PROFILE_FILE = "kvlink.profile"
 """A profile of this name in a model's folder is used with it."""
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -101,10 +103,6 @@ class LanguageModel:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
-def embedded_folder() -> Path:
-    return Path(__file__).with_name("tiny")
-
-
 def load(
     name: str = EMBEDDED, *, device: str = "cpu", dtype: str = "auto", attention: str = "auto"
 ) -> LanguageModel:
@@ -114,10 +112,8 @@ def load(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
-    folder = embedded_folder() if name == EMBEDDED else Path(name)
-    source = str(folder) if folder.is_dir() else name
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.endswith("/")):
-        raise ModelError(f"no directory {name!r} with a model in it")
+    folder = folder_of(name)
+    source = str(folder or name)
     transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -133,9 +129,10 @@ def load(
         model.to(device)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load {name!r}: {str(error).strip().splitlines()[0]}") from error
-    lm = wrap(name, model, tokenizer, folder if folder.is_dir() else _snapshot(model))
-    file = folder / PROFILE_FILE
-    return with_profile(lm, file) if file.is_file() else lm
+    folder = folder or _snapshot(model)
+    lm = wrap(name, model, tokenizer, folder)
+    file = folder / PROFILE_FILE if folder else None
+    return with_profile(lm, file) if file and file.is_file() else lm
 
 
 def with_profile(lm: LanguageModel, file: Path) -> LanguageModel:
