@@ -28,6 +28,7 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast
 
+from kvlink import bounds
 from kvlink.errors import RecipeError
 
 Mode = Literal["kv", "text"]
@@ -290,6 +291,8 @@ class Recipe:
     @classmethod
     def parse(cls, text: str) -> Recipe:
         """Read a preset or a full notation. Raises RecipeError, naming the word that is wrong."""
+        if len(text) > bounds.RECIPE.most:
+            raise RecipeError(f"a recipe has {bounds.RECIPE}, got {len(text):,}")
         words = text.split()
         if not words:
             raise RecipeError("a recipe is empty; try raw, int8, int4, text or q2c@0.5 int4")
@@ -313,6 +316,8 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         """Read what `to_json` wrote; unknown or missing fields raise RecipeError."""
+        if len(text) > bounds.RECIPE_JSON.most:
+            raise RecipeError(f"a recipe as JSON has {bounds.RECIPE_JSON}, got {len(text):,}")
         try:
             data = json.loads(text)
             chosen = dict(data.pop("selection"))
@@ -323,7 +328,7 @@ class Recipe:
             )
             keys, values = Quantizer(**data.pop("keys")), Quantizer(**data.pop("values"))
             return cls(selection=Selection(**chosen), keys=keys, values=values, overrides=overrides, **data)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RecipeError(f"not a recipe in JSON: {error}") from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -158,3 +160,26 @@ def test_arbitrary_text_raises_only_recipe_errors(text):
     except RecipeError:
         return
     assert Recipe.parse(str(recipe)) == recipe
+
+
+@pytest.mark.parametrize("read", [Recipe.parse, Recipe.from_json], ids=["text", "json"])
+@pytest.mark.parametrize("piece", ["int8 ", "0:int8;", "q2c@", "[", '{"a":', " "])
+def test_a_recipe_is_short(read, piece):
+    """Refused for its length before a word of it is looked at, and the error is short too."""
+    for size in (70_000, 20_000_000):
+        with pytest.raises(RecipeError, match=r"has at most [\d,]+ characters") as caught:
+            read(piece * (size // len(piece)))
+        assert len(str(caught.value)) < 200
+
+
+def test_every_layer_of_a_large_model_may_have_quantizers_of_its_own():
+    finest = Quantizer(4, "channel", 64)
+    overrides = tuple(LayerOverride(layer, finest, replace(finest, axis="token")) for layer in range(126))
+    recipe = Recipe(overrides=overrides)
+    assert Recipe.parse(str(recipe)) == recipe
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_json_that_is_nested_without_end_is_refused():
+    with pytest.raises(RecipeError, match="not a recipe in JSON"):
+        Recipe.from_json("[" * 60_000)

@@ -19,7 +19,7 @@ from kvlink.cache import KVCache
 from kvlink.compress.codec import decode
 from kvlink.compress.lossless import unpack_part
 from kvlink.compress.transform import Known
-from kvlink.errors import CodecError, IdentityError
+from kvlink.errors import CodecError, IdentityError, LimitError
 from kvlink.model.calibrate import rotation
 from kvlink.model.generate import Answer, Step, answer, generate
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
@@ -118,6 +118,11 @@ class Intake:
         shape = manifest.shape
         if shape.tokens >= lm.window:
             raise IdentityError(f"the context has {shape.tokens} tokens, the model's window {lm.window}")
+        if manifest.text_bytes > lm.text_bytes:
+            raise LimitError(
+                f"the text has {manifest.text_bytes:,} bytes; "
+                f"the model's window {lm.window} holds at most {lm.text_bytes:,}"
+            )
         own_shape = cache_shape(lm, shape.tokens)
         if manifest.mode == "kv":
             _check_shape(shape, own_shape)

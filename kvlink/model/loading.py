@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from kvlink.cache import DTYPES
 from kvlink.errors import ConfigError, ContextError, ModelError, UnsupportedCacheError
 from kvlink.model.fingerprint import fingerprint_of
+from kvlink.model.room import most_text_bytes, require_room
 from kvlink.model.sources import EMBEDDED as EMBEDDED
 from kvlink.model.sources import embedded_folder as embedded_folder
 from kvlink.model.sources import folder_of
@@ -64,9 +65,8 @@ class LanguageModel:
         if not text.strip():
             raise ContextError("the context is empty: nothing to read")
         prompt = prompt or self.template.prompt(turns)
-        ids = self._encode(
-            prompt.before.decode() + text + prompt.after.decode(), self.template.special_tokens
-        )
+        whole = prompt.before.decode() + text + prompt.after.decode()
+        ids = self._encode(whole, self.template.special_tokens, "the context")
         if len(ids) >= self.window:
             raise ContextError(f"the context has {len(ids)} tokens, the model's window {self.window}")
         return ids
@@ -75,7 +75,7 @@ class LanguageModel:
         """Token ids of the question's part. Raises ContextError where the window is too small."""
         if not question.strip():
             raise ContextError("the question is empty")
-        ids = self._encode(self.template.ask(question), False)
+        ids = self._encode(self.template.ask(question), False, "the question")
         if context_tokens + len(ids) + new_tokens > self.window:
             raise ContextError(
                 f"the question has {len(ids)} tokens; with {context_tokens} of context and {new_tokens} to come "
@@ -95,11 +95,13 @@ class LanguageModel:
         starts = itertools.accumulate(ends[:-1], max, initial=0)
         return [whole[a:b] for a, b in zip(starts, ends, strict=True)]
 
-    def _encode(self, text: str, special: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ContextError(f"the text is not valid Unicode: {error}") from error
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of text that can fit into the window."""
+        return most_text_bytes(self.tokenizer, self.window)
+
+    def _encode(self, text: str, special: bool, what: str) -> list[int]:
+        require_room(self.tokenizer, self.window, text, what)
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 

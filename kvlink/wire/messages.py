@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
+from kvlink import bounds
 from kvlink.errors import KvlinkError, RecipeError, RemoteProtocolError
 from kvlink.payload import CacheShape, Fingerprint, Prompt
 from kvlink.recipe import Amount, LayerOverride, Mode, Quantizer, Recipe, Selection
@@ -94,6 +95,8 @@ def _quantizer_from_proto(message: pb.Quantizer) -> Quantizer:
 
 def recipe_from_proto(message: pb.Recipe) -> Recipe:
     """Raises RecipeError where a value is out of range."""
+    if len(message.overrides) > bounds.LAYERS.most:
+        raise RecipeError(f"layer overrides: {bounds.LAYERS}, found {len(message.overrides):,}")
     chosen: dict[str, Any] = {n: getattr(message.selection, n) for n in _SELECTION_FIELDS}
     amount = message.selection.amount
     if amount.unit not in ("ratio", "count", "mass", "bytes"):
@@ -126,7 +129,7 @@ def shape_to_proto(shape: CacheShape) -> pb.CacheShape:
     )
 
 
-_MOST = {"layers": 4096, "kv_heads": 4096, "tokens": 2**24, "head_size": 65536}
+_MOST = {"layers": bounds.LAYERS.most, "kv_heads": 4096, "tokens": 2**24, "head_size": 65536}
 
 
 def shape_from_proto(message: pb.CacheShape) -> CacheShape:
@@ -137,6 +140,10 @@ def shape_from_proto(message: pb.CacheShape) -> CacheShape:
     if message.dtype not in ("bfloat16", "float16", "float32"):
         raise RemoteProtocolError(
             f"shape.dtype must be bfloat16, float16 or float32, found {message.dtype!r}"
+        )
+    if len(message.whole_layers) > message.layers:
+        raise RemoteProtocolError(
+            f"shape.whole_layers: at most {message.layers}, found {len(message.whole_layers):,}"
         )
     whole = tuple((w.layer, w.held_tokens) for w in message.whole_layers)
     layers = [layer for layer, _ in whole]

@@ -12,7 +12,9 @@ from dataclasses import replace
 import pytest
 import zstandard
 
+from kvlink.agent.receiver import Intake, Receiver
 from kvlink.agent.sender import Sender
+from kvlink.errors import LimitError
 from kvlink.payload import EncodedSegment, Part
 from kvlink.wire.file import write_frames
 from kvlink.wire.session import SendSession, segment_of
@@ -60,11 +62,12 @@ def bombs() -> dict[str, bytes]:
 def forged(sender: Sender, data: bytes, side: str) -> bytes:
     """A `.kvl` file whose checksums are right and one of whose parts is the bomb."""
     transfer = sender.pack(sender.read("Mira Dosh was born in Tavik. " * 40), "Where?", side)
-    manifest, plain = transfer.manifest, 0
+    manifest = transfer.manifest
     body: EncodedSegment | Part
     if side == "text":
-        manifest = replace(manifest, text_bytes=15_000_000)
-        body, plain = Part("text", "zstd", 15_000_000, data), 15_000_000
+        plain = 20_000  # what the window can hold
+        manifest = replace(manifest, text_bytes=plain)
+        body = Part("text", "zstd", plain, data[:plain])
     else:
         body = segment_of(transfer.frames)
         first = body.tensors[0]
@@ -95,3 +98,19 @@ def test_a_bomb_is_refused_and_takes_no_memory(tiny, bombs, tmp_path, side, kind
     said, grown = json.loads(run.stdout)
     assert said.startswith(("CodecError", "RemoteProtocolError")), said
     assert grown < 50_000_000
+
+
+def test_a_text_that_no_window_holds_is_refused_by_its_manifest(tiny):
+    """Two kB that claim 16 MB of text: the manifest is as far as they come."""
+    sender, receiver = Sender(tiny), Receiver(tiny)
+    plain = b"Jand Faris was born in Nibo. " * 550_000
+    manifest = replace(sender.pack(sender.read("Nothing."), "", "text").manifest, text_bytes=len(plain))
+    packed = zstandard.ZstdCompressor().compress(plain)
+    session = SendSession(manifest)
+    frames = [session.open(), *session.segment(Part("text", "zstd", len(plain), packed)), session.end()]
+    assert sum(map(len, frames)) < 3000
+    intake = Intake(tiny)
+    with pytest.raises(LimitError, match="the model's window 2048 holds at most"):
+        intake.take(frames[0])
+    with pytest.raises(LimitError):
+        receiver.receive(frames)

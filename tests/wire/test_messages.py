@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 
-from kvlink.errors import IdentityError
+from kvlink.errors import IdentityError, RemoteProtocolError
 from kvlink.payload import CacheShape, Fingerprint
 from kvlink.v1 import wire_pb2 as pb
 from kvlink.wire.messages import (
@@ -50,3 +50,18 @@ def test_a_different_component_is_refused_by_its_name(name):
             FINGERPRINT.require_match(other, "text")
     else:
         FINGERPRINT.require_match(other, "text")
+
+
+def crowded(**lists: int) -> pb.Manifest:
+    message = manifest_to_proto(make_transfer("int4")[0])
+    for _ in range(lists.get("overrides", 0)):
+        message.recipe.overrides.add(layer=1)
+    for _ in range(lists.get("whole_layers", 0)):
+        message.shape.whole_layers.add(layer=1, held_tokens=1)
+    return message
+
+
+@pytest.mark.parametrize("name", ["overrides", "whole_layers"])
+def test_lists_without_end_are_refused_by_their_length(name):
+    with pytest.raises(RemoteProtocolError, match="at most"):
+        manifest_from_proto(crowded(**{name: 200_000}))
