@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from kvlink.cache import DTYPES
 from kvlink.errors import ConfigError, ContextError, ModelError, UnsupportedCacheError
-from kvlink.model.fingerprint import fingerprint_of
+from kvlink.model.fingerprint import fingerprint_of, stamp
 from kvlink.model.room import most_text_bytes, require_room
 from kvlink.model.sources import EMBEDDED as EMBEDDED
 from kvlink.model.sources import embedded_folder as embedded_folder
@@ -118,6 +118,7 @@ def load(
     source = str(folder or name)
     transformers.utils.logging.disable_progress_bar()
     try:
+        before = stamp(folder or _snapshot(source))
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         check_config(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -131,8 +132,9 @@ def load(
         model.to(device)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load {name!r}: {str(error).strip().splitlines()[0]}") from error
-    folder = folder or _snapshot(model)
-    lm = wrap(name, model, tokenizer, folder)
+    folder = folder or _snapshot(source)
+    # What was replaced while it was read is not what the files say now.
+    lm = wrap(name, model, tokenizer, before if before == stamp(folder) else None)
     file = folder / PROFILE_FILE if folder else None
     return with_profile(lm, file) if file and file.is_file() else lm
 
@@ -147,14 +149,17 @@ def with_profile(lm: LanguageModel, file: Path) -> LanguageModel:
     return replace(lm, profile=profile)
 
 
-def wrap(name: str, model: Any, tokenizer: Any, folder: Path | None = None) -> LanguageModel:
-    """A `LanguageModel` around a transformers model that is already in memory."""
+def wrap(name: str, model: Any, tokenizer: Any, files: list[Any] | None = None) -> LanguageModel:
+    """A `LanguageModel` around a transformers model that is already in memory.
+
+    `files`: as in `fingerprint_of`, where it is known what the model was loaded from.
+    """
     check_config(model.config)
     model.eval()
     if model.dtype not in DTYPES.values():
         raise UnsupportedCacheError(f"the cache dtype must be one of {', '.join(DTYPES)}, got {model.dtype}")
     template = template_for(tokenizer)
-    fingerprint = fingerprint_of(model, tokenizer, template, folder)
+    fingerprint = fingerprint_of(model, tokenizer, template, files)
     return LanguageModel(name, model, tokenizer, template, fingerprint, model.config._attn_implementation)
 
 
@@ -186,9 +191,7 @@ def check_config(config: Any) -> None:
             )
 
 
-def _snapshot(model: Any) -> Path | None:
-    """The directory of a checkpoint that came from a hub's cache, if it can be told."""
-    path = transformers.utils.cached_file(
-        model.name_or_path, "config.json", _raise_exceptions_for_missing_entries=False
-    )
-    return Path(path).parent if path else None
+def _snapshot(name: str) -> Path | None:
+    """The directory in a hub's cache that holds a checkpoint, None where there is none yet."""
+    path = transformers.utils.try_to_load_from_cache(name, "config.json")
+    return Path(path).parent if isinstance(path, str) else None

@@ -32,7 +32,7 @@ from blake3 import blake3
 
 from kvlink._release import RELEASE
 from kvlink.errors import ConfigError, ModelError
-from kvlink.model.fingerprint import cache_dir
+from kvlink.model.remembered import cache_dir
 
 EMBEDDED = "kvlink-tiny"
 GGUF_MAGIC = b"GGUF"
