@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -39,7 +39,7 @@ from kvlink.receipt import Certificate, Receipt
 from kvlink.recipe import PRESS, STEP_CODES, Amount, Recipe, Selection, Wish
 from kvlink.transport.api import Explanation
 from kvlink.transport.client import grpc_bytes
-from kvlink.wire.file import write_frames
+from kvlink.wire.file import Writable, write_frames
 from kvlink.wire.messages import TRANSFER_ID_BYTES, Manifest
 from kvlink.wire.session import CHUNK_BYTES, SendSession, segment_of
 
@@ -100,7 +100,7 @@ class Transfer:
     receipt: Receipt
     draft: Answer | None = None
 
-    def write(self, out: BinaryIO) -> int:
+    def write(self, out: Writable) -> int:
         """Write a `.kvl` file; returns its bytes."""
         return write_frames(self.frames, out)
 

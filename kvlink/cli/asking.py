@@ -5,6 +5,7 @@ Does not know: how an answer comes about. Place on the path: the face of the pac
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,7 @@ from kvlink.cli.common import (
     run,
     wish,
 )
+from kvlink.files import Output
 
 
 def demo(
@@ -59,13 +61,13 @@ def demo(
     recipes = recipe or list(PRESETS)
     for text in recipes:
         Recipe.parse(text)
-    require_report(report)
+    page_file = report_file(report, reads=(data.partition(":")[2] or data,))
     items = choose_items(data, n, seed, prose)
     with progress_bar(TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("asking", total=len(items) * len(recipes))
         found = run(run_demo(items, model, seed=seed, recipes=recipes, on_step=lambda: bar.advance(task)))
-    if report is not None:
-        write_story(report, found.story)
+    if page_file is not None:
+        write_story(page_file, found.story)
     told = found.to_dict()
     if as_json:
         print_json(told)
@@ -101,7 +103,7 @@ def ask(
         raise errors.ConfigError("give either --context or --handle")
     if report is not None and handle:
         raise errors.ConfigError("a report shows the context: give --context, a handle does not open it")
-    require_report(report)
+    page_file = report_file(report, reads=(context,))
     at = Handle.parse(handle) if handle else Handle(sender_at, "")
     delivery = Delivery(
         receiver=receiver_at,
@@ -114,28 +116,24 @@ def ask(
         explain=report is not None,
     )
     link = {"credentials": credentials(creds, insecure), "insecure": insecure, "timeout_s": timeout_s}
-    run(_ask(delivery, at.address, link, max_new_tokens, as_json, report))
+    run(_ask(delivery, at.address, link, max_new_tokens, as_json, page_file))
 
 
-def require_report(file: Path | None) -> None:
-    """Refuse before anything runs where the report could not be written."""
+def report_file(file: Path | None, reads: Iterable[str]) -> Output | None:
+    """Where the report goes; refused before anything runs where it cannot be made or written."""
     from kvlink import page
 
     if file is None:
-        return
+        return None
     page.require()
-    if not file.parent.is_dir():
-        raise errors.ConfigError(f"no directory {str(file.parent)!r} to write the report in")
+    return Output(file, reads)
 
 
-def write_story(file: Path, story: dict[str, Any]) -> None:
+def write_story(file: Output, story: dict[str, Any]) -> None:
     from kvlink import page
     from kvlink.page.story import Story
 
-    try:
-        file.write_text(page.story_page(Story(**story)), encoding="utf-8")
-    except OSError as error:
-        raise errors.ConfigError(f"cannot write the report {file}: {error.strerror}") from error
+    file.write(page.story_page(Story(**story)).encode(errors="backslashreplace"))
 
 
 async def _ask(
@@ -144,7 +142,7 @@ async def _ask(
     link: dict[str, Any],
     max_new_tokens: int,
     as_json: bool,
-    report: Path | None,
+    report: Output | None,
 ) -> None:
     from kvlink.show import print_json, print_receipt, receipt_dict
     from kvlink.transport.api import Ask

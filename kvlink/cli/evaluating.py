@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvlink import errors
 from kvlink.cli.common import Attn, Device, Dtype, Json, console, progress_bar, quiet
+from kvlink.files import Output, OutputFolder
 
 _TABLES = (
     "selection, quantization, combined, low-rank, spectrum, transfer, methods, masking, rate, overhead, "
@@ -64,6 +65,7 @@ def evaluate(
     from kvlink.eval.run import Settings
     from kvlink.show import print_eval, print_json
 
+    folder = OutputFolder(out)
     quiet()
     asked = study.Study(table, n, when, tuple(press or ()), tuple(recipe or ()))
     asked.tables()
@@ -77,8 +79,8 @@ def evaluate(
             report = study.evaluate(asked, runs, out, _Bar(bar), fresh=fresh)
     if not report.rows:
         raise errors.ContextError(f"the table {table} has no rows: nothing of it could be measured here")
-    written, told = study.write_files(report, out), report.to_dict()
-    page = _write_page(told, out / f"{table}.html")
+    written, told = study.write_files(report, folder), report.to_dict()
+    page = _write_page(told, folder.file(f"{table}.html"))
     if as_json:
         print_json(told)
         return
@@ -107,11 +109,11 @@ class _Bar:
         self._bar.advance(self._task)
 
 
-def _write_page(report: dict[str, Any], file: Path) -> Path | None:
+def _write_page(report: dict[str, Any], file: Output) -> Path | None:
     """The page of a report, where its extra is installed."""
     from kvlink import page
 
     if not page.available():
         return None
-    file.write_text(page.tables_page(report), encoding="utf-8")
-    return file
+    file.write(page.tables_page(report).encode(errors="backslashreplace"))
+    return file.path

@@ -5,7 +5,6 @@ Does not know: what a frame says. Place on the path: the face of the package.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +37,8 @@ from kvlink.cli.common import (
     run,
     wish,
 )
+from kvlink.files import Output
+from kvlink.quoting import shown
 
 
 def publish(
@@ -113,6 +114,7 @@ def fetch(
     from kvlink.transport.handle import Handle
     from kvlink.wire.file import write_frames
 
+    target = Output(out)
     at, proof = Handle.parse(handle), credentials(creds, insecure)
     wanted = Fetch(at.context_id, question, checked_recipe(recipe), wish(budget, bits, quality, verify))
 
@@ -121,9 +123,9 @@ def fetch(
             return [frame async for frame in source.fetch(wanted)]
 
     frames = run(work())
-    with out.open("wb") as target:
-        count = write_frames(frames, target)
-    _wrote(out, count, as_json, {"frames": len(frames)})
+    with target.open() as sink:
+        count = write_frames(frames, sink)
+    _wrote(target, count, as_json, {"frames": len(frames)})
 
 
 def pack(
@@ -144,6 +146,7 @@ def pack(
     """Read a context here and keep the transfer as a .kvl file."""
     from kvlink.show import print_certificate, receipt_dict
 
+    target = Output(out, reads=(context, model))
     recipe, text = checked_recipe(recipe), read_context(context)
     wished = wish(budget, bits, quality, verify)
     from kvlink.agent.sender import Sender
@@ -151,18 +154,23 @@ def pack(
     quiet()
     source = Sender(model, device=device, dtype=dtype, attention=attn)
     transfer = source.pack(source.read(text), question, recipe, wished)
-    with out.open("wb") as target:
-        count = transfer.write(target)
-    _wrote(out, count, as_json, receipt_dict(transfer.receipt))
-    if not as_json:
+    with target.open() as sink:
+        count = transfer.write(sink)
+    _wrote(target, count, as_json, receipt_dict(transfer.receipt))
+    if not as_json and not target.is_standard_output:
         print_certificate(console(), transfer.receipt)
 
 
-def _wrote(out: Path, count: int, as_json: bool, more: dict[str, Any]) -> None:
+def _wrote(target: Output, count: int, as_json: bool, more: dict[str, Any]) -> None:
+    """Say what was written; nothing where the file itself went to standard output."""
+    from kvlink.show import print_json
+
+    if target.is_standard_output:
+        return
     if as_json:
-        print(json.dumps({"file": str(out), "file_bytes": count, **more}, indent=2))
+        print_json({"file": str(target.path), "file_bytes": count, **more})
     else:
-        print(f"{out}: {count:,} bytes")
+        print(f"{shown(target.path)}: {count:,} bytes")
 
 
 def unpack(
@@ -211,5 +219,5 @@ def inspect(
         print_json(told)
         return
     for name, value in told.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        print(f"{name:18} {shown}")
+        told_of = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(f"{name:18} {shown(told_of)}")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 
 from kvlink import errors
 from kvlink.cli.common import Attn, Data, Device, Dtype, Json, progress_bar, quiet
+from kvlink.files import Output
 
 app = typer.Typer(no_args_is_help=True, help="What is known of a model's caches before any message.")
 
@@ -42,6 +43,7 @@ def build(
     from kvlink.eval.questions import load_items
     from kvlink.model.loading import load
 
+    target = Output(out, reads=(model, data.partition(":")[2] or data))
     quiet()
     items = load_items(data, n + checks, seed)
     texts, held_out = list(dict.fromkeys(item.context for item in items[:n])), items[n:]
@@ -49,12 +51,9 @@ def build(
     with progress_bar(TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("reading", total=len(texts) + len(held_out))
         made = make_profile(lm, texts, held_out, lambda: bar.advance(task))
-    data_bytes = made.to_bytes()
-    try:
-        out.write_bytes(data_bytes)
-    except OSError as error:
-        raise errors.ConfigError(f"cannot write {out}: {error.strerror}") from error
-    _tell(made, len(data_bytes), as_json)
+    size = target.write(made.to_bytes())
+    if not target.is_standard_output:
+        _tell(made, size, as_json)
 
 
 @app.command()

@@ -30,6 +30,7 @@ from kvlink.eval.biased import biased
 from kvlink.eval.measure import Bench
 from kvlink.eval.questions import Item, distractors, padded
 from kvlink.eval.tables import Case
+from kvlink.files import OutputFolder
 from kvlink.model.loading import LanguageModel, load
 from kvlink.model.template import plain_template
 
@@ -110,14 +111,12 @@ def run(
     del lm
     others = distractors(settings.data, settings.seed) if settings.pad_to else []
     _begin(file, [{"header": header}, *record.lines.values()])
-    with file.open("a", encoding="utf-8") as out:
-        jobs = [(settings, index, items[index], others, cases) for index in open_items]
-        for line in _results(settings, jobs, min(workers, max(1, len(jobs)))):
-            record.lines[line["item"]] = line
-            out.write(json.dumps(line) + "\n")
-            out.flush()
-            on_item()
-        out.write(json.dumps({"finished": len(record.lines)}) + "\n")
+    jobs = [(settings, index, items[index], others, cases) for index in open_items]
+    for line in _results(settings, jobs, min(workers, max(1, len(jobs)))):
+        record.lines[line["item"]] = line
+        _append(file, line)
+        on_item()
+    _append(file, {"finished": len(record.lines)})
     if not record.measured():
         raise ContextError(f"no question could be measured: {next(iter(record.skipped.values()))}")
     return record
@@ -125,10 +124,20 @@ def run(
 
 def _begin(file: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Write what is known anew, so that half a line at the end of a broken run is gone; all or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(file.name + ".new")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    beside.replace(file)
+    OutputFolder(file.parent).file(file.name).write(
+        "".join(json.dumps(line) + "\n" for line in lines).encode()
+    )
+
+
+def _append(file: Path, line: dict[str, Any]) -> None:
+    """Add a line to a record. What is there of it where the disk is full is dropped by the next run."""
+    try:
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {file}: {error.strerror}; the same command goes on from there"
+        ) from error
 
 
 def read_record(file: Path) -> Record:

@@ -20,6 +20,7 @@ from kvlink.eval.results import rows_of, to_csv, to_json, to_jsonl
 from kvlink.eval.rows import Row
 from kvlink.eval.run import Record, Settings, open_model, read_record, run
 from kvlink.eval.tables import Case, plan
+from kvlink.files import OutputFolder
 from kvlink.recipe import PRESS
 
 
@@ -105,14 +106,13 @@ def from_records(study: Study, files: Sequence[Path]) -> Report:
     return report
 
 
-def write_files(report: Report, folder: Path) -> list[Path]:
+def write_files(report: Report, folder: OutputFolder) -> list[Path]:
     """The rows as CSV and JSON lines, beside the records."""
-    folder.mkdir(parents=True, exist_ok=True)
     out = []
     for suffix, text in (("csv", to_csv(report.rows)), ("jsonl", to_jsonl(report.rows))):
-        file = folder / f"{report.table}.{suffix}"
-        file.write_text(text, encoding="utf-8")
-        out.append(file)
+        file = folder.file(f"{report.table}.{suffix}")
+        file.write(text.encode(errors="backslashreplace"))
+        out.append(file.path)
     return out
 
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 from blake3 import blake3
+
+from kvlink.files import whole_file
 
 Kind = Literal["weights", "sketch", "self-test"]
 MAX_FILES = 512
@@ -55,17 +56,12 @@ def remember(kind: Kind, key: Any, value: Any) -> None:
     data = json.dumps({"key": canonical(key), "value": value}).encode()
     if len(data) > MAX_BYTES:
         return
-    file, beside = _file(kind, key), ""
-    try:
+    file = _file(kind, key)
+    with contextlib.suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".new", delete=False) as out:
-            beside = out.name
+        with whole_file(file, mode=0o600, durable=False) as out:
             out.write(data)
-        os.replace(beside, file)
         _forget_oldest(file.parent)
-    except OSError:
-        if beside:
-            Path(beside).unlink(missing_ok=True)
 
 
 def _file(kind: Kind, key: Any) -> Path:

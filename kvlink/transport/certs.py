@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import os
 import re
 import secrets
 import tomllib
@@ -32,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from kvlink.errors import ConfigError
+from kvlink.files import whole_file
 
 Kind = Literal["sender", "receiver", "client"]
 DEFAULT_DAYS = 7.0
@@ -242,10 +242,11 @@ def _make(folder: Path) -> None:
 
 def _write(path: Path, data: bytes) -> None:
     """Replace a file that only its owner can read, all or nothing."""
-    fresh = path.with_name(path.name + ".new")
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-        out.write(data)
-    fresh.replace(path)
+    try:
+        with whole_file(path, mode=0o600) as out:
+            out.write(data)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _append(path: Path, text: str) -> None:

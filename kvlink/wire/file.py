@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from kvlink.errors import LimitError, RemoteProtocolError, TruncatedError
 
@@ -21,7 +21,13 @@ MAGIC = b"\x89KVL\r\n\x1a\n"
 FORMAT_VERSION = 1
 
 
-def write_frames(frames: Iterable[bytes], out: BinaryIO) -> int:
+class Writable(Protocol):
+    """What takes bytes, all that it is given."""
+
+    def write(self, data: bytes, /) -> int: ...
+
+
+def write_frames(frames: Iterable[bytes], out: Writable) -> int:
     """Write a whole transfer; returns the bytes written."""
     count = out.write(MAGIC + struct.pack("<I", FORMAT_VERSION))
     for frame in frames:
