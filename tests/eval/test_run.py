@@ -127,7 +127,7 @@ def test_the_prompt_can_be_chosen(checkpoint):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"model": "/no/such/model"}, ModelError, "no directory '/no/such/model'"),
+        ({"model": "/no/such/model"}, ModelError, "no directory and no GGUF file '/no/such/model'"),
         ({"pad_to": 99_999}, ContextError, "cannot pad to 99999 tokens: the model's window is 2048"),
     ],
 )
