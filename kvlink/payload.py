@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from kvlink.errors import IdentityError
+from kvlink.errors import ContextError, IdentityError
 from kvlink.recipe import Mode, Quantizer, Recipe
 
 PartKind = Literal["map", "scales", "codes", "text"]
@@ -43,13 +43,33 @@ class Fingerprint:
                 )
 
 
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """An earlier turn of the conversation that the context belongs to."""
+
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ContextError(f"a turn's role must be one of {', '.join(ROLES)}, got {self.role!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What stands around the context: text = before · context · after, then the question."""
+    """What stands around the context: text = before · context · after, then the question.
+
+    `before` is what the template writes for `turns`. Markers of the template inside a turn are text, as
+    they are inside the context: the bytes alone do not tell the two apart, the turns do.
+    """
 
     template_id: str
     before: bytes
     after: bytes
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvlink.cache import KVCache
 from kvlink.errors import ContextError
+from kvlink.model.detokenize import AnswerText
 from kvlink.model.loading import LanguageModel
 from kvlink.model.restore import view
 
@@ -26,7 +27,9 @@ DEFAULT_NEW_TOKENS = 48
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One generated token: its id, the text that is new, seconds since the start."""
+    """One generated token: its id, the text that is new, seconds since the start.
+
+    The texts of all steps join to the decoded answer; one that later tokens may change comes later."""
 
     token_id: int
     text: str
@@ -65,25 +68,18 @@ def generate(
     ids: Sequence[int] = lm.question_ids(question, cache.tokens, max_new_tokens)
     sampler = torch.Generator().manual_seed(seed)
     state, position, began = view(lm, cache), cache.tokens, time.perf_counter()
-    stops = _stop_ids(lm)
-    tokens: list[int] = []
-    told = ""
-    for _ in range(max_new_tokens):
+    ends, written = _stop_ids(lm), AnswerText(lm.tokenizer, lm.template.stops)
+    for count in range(1, max_new_tokens + 1):
         logits = next_logits(lm, state, ids, position, visible)[-1]
         position += len(ids)
         token = _pick(logits, temperature, sampler)
-        tokens.append(token)
-        text = "" if token in stops else lm.tokenizer.decode(tokens, skip_special_tokens=True)
-        stop = token in stops or any(mark in text.lstrip() for mark in lm.template.stops)
-        if stop:
-            yield Step(
-                token, _before_stop(lm, text)[len(told) :] if text else "", time.perf_counter() - began
-            )
+        ended = token in ends
+        text = "" if ended else written.add(token)
+        if ended or (count == max_new_tokens and not written.stopped):
+            text += written.finish()
+        yield Step(token, text, time.perf_counter() - began)
+        if ended or written.stopped:
             return
-        # Bytes of an unfinished character decode to U+FFFD: wait for the rest of it.
-        new = "" if text.endswith("\ufffd") else text[len(told) :]
-        told += new
-        yield Step(token, new, time.perf_counter() - began)
         ids = [token]
 
 
@@ -150,9 +146,3 @@ def _stop_ids(lm: LanguageModel) -> frozenset[int]:
     configured = getattr(lm.model.generation_config, "eos_token_id", None)
     found |= set(configured) if isinstance(configured, list) else {configured}
     return frozenset(i for i in found if i is not None)
-
-
-def _before_stop(lm: LanguageModel, text: str) -> str:
-    lead = len(text) - len(text.lstrip())
-    cuts = [text.find(mark, lead) for mark in lm.template.stops]
-    return text[: min((c for c in cuts if c >= 0), default=len(text))]

@@ -8,7 +8,6 @@ Does not know: contexts, peers. Place on the path: before it.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from kvlink.model.sources import EMBEDDED as EMBEDDED
 from kvlink.model.sources import embedded_folder as embedded_folder
 from kvlink.model.sources import folder_of
 from kvlink.model.template import Template, Turn, template_for
+from kvlink.model.tokens import Encoder, encoder_for
 from kvlink.payload import Fingerprint, Prompt
 from kvlink.profile import Profile
 
@@ -60,22 +60,48 @@ class LanguageModel:
     def dtype(self) -> str:
         return next(name for name, value in DTYPES.items() if value == self.model.dtype)
 
-    def context_ids(self, text: str, prompt: Prompt | None = None, turns: tuple[Turn, ...] = ()) -> list[int]:
-        """Token ids of before · context · after, cut as one text. Raises ContextError."""
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of text that can fit into the window."""
+        return most_text_bytes(self.tokenizer, self.window)
+
+    @property
+    def encoder(self) -> Encoder:
+        return encoder_for(self.tokenizer, self.template.source)
+
+    @property
+    def embeddings(self) -> int:
+        """Rows of the embedding: token ids that the model can read."""
+        weight = getattr(self.model.get_input_embeddings(), "weight", None)
+        return 2**31 if weight is None else len(weight)
+
+    def context_ids(self, text: str, prompt: Prompt | None = None) -> list[int]:
+        """Token ids of before · context · after, as they are cut in one text with a question behind.
+
+        Control tokens come from the template alone: markers inside the context or a turn are text.
+        Raises ContextError.
+        """
         if not text.strip():
             raise ContextError("the context is empty: nothing to read")
-        prompt = prompt or self.template.prompt(turns)
-        whole = prompt.before.decode() + text + prompt.after.decode()
-        ids = self._encode(whole, self.template.special_tokens, "the context")
+        whole = self._context_text(text, prompt or self.template.prompt())
+        ids = self._readable(self.encoder.ids(whole, after=self.encoder.own(self.template.ask("x"))))
+        if self.template.special_tokens:
+            ids = [*self.encoder.opening, *ids]
         if len(ids) >= self.window:
             raise ContextError(f"the context has {len(ids)} tokens, the model's window {self.window}")
         return ids
 
     def question_ids(self, question: str, context_tokens: int, new_tokens: int = 1) -> list[int]:
-        """Token ids of the question's part. Raises ContextError where the window is too small."""
+        """Token ids of the question's part, as they are cut behind a context.
+
+        Raises ContextError where the window is too small.
+        """
         if not question.strip():
             raise ContextError("the question is empty")
-        ids = self._encode(self.template.ask(question), False, "the question")
+        require_room(self.tokenizer, self.window, question, "the question")
+        encoder, template = self.encoder, self.template
+        asked = encoder.own(template.ask_before) + question + encoder.own(template.ask_after)
+        ids = self._readable(encoder.ids(asked, before=self._context_text("x", template.prompt())))
         if context_tokens + len(ids) + new_tokens > self.window:
             raise ContextError(
                 f"the question has {len(ids)} tokens; with {context_tokens} of context and {new_tokens} to come "
@@ -85,24 +111,31 @@ class LanguageModel:
 
     def context_pieces(self, text: str, prompt: Prompt) -> list[str]:
         """The tokens of `context_ids` as text, for people: joined they are the text."""
-        whole = prompt.before.decode() + text + prompt.after.decode()
-        special = self.template.special_tokens
-        if not self.tokenizer.is_fast:
-            ids = self.tokenizer(whole, add_special_tokens=special)["input_ids"]
-            return [self.tokenizer.decode([i]) for i in ids]
-        found = self.tokenizer(whole, add_special_tokens=special, return_offsets_mapping=True)
-        ends = [end for _, end in found["offset_mapping"]]
-        starts = itertools.accumulate(ends[:-1], max, initial=0)
-        return [whole[a:b] for a, b in zip(starts, ends, strict=True)]
+        opening = [""] * len(self.encoder.opening) if self.template.special_tokens else []
+        return [*opening, *self.encoder.pieces(self._context_text(text, prompt))]
 
-    @property
-    def text_bytes(self) -> int:
-        """UTF-8 bytes of text that can fit into the window."""
-        return most_text_bytes(self.tokenizer, self.window)
+    def _context_text(self, text: str, prompt: Prompt) -> str:
+        """before · context · after as the encoder takes it."""
+        encoder = self.encoder
+        around = "".join(turn.content for turn in prompt.turns) if prompt.turns else prompt.before.decode()
+        require_room(self.tokenizer, self.window, around + text, "the context")
+        if prompt.turns:
+            guarded = [Turn(turn.role, encoder.guard(turn.content)) for turn in prompt.turns]
+            before = self.template.opening(guarded)
+        else:
+            before = prompt.before.decode()
+        return encoder.own(before) + text + encoder.own(prompt.after.decode())
 
-    def _encode(self, text: str, special: bool, what: str) -> list[int]:
-        require_room(self.tokenizer, self.window, text, what)
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+    def _readable(self, ids: list[int]) -> list[int]:
+        """The ids, where the model has an embedding for each. Raises ContextError, naming the token."""
+        beyond = max(ids, default=0)
+        if beyond >= self.embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(beyond)
+            raise ContextError(
+                f"the tokenizer of {self.name} cuts the text into token {beyond} ({token!r}), but the model has "
+                f"{self.embeddings} embeddings: it was never made for that token"
+            )
+        return ids
 
 
 def load(
@@ -160,7 +193,12 @@ def wrap(name: str, model: Any, tokenizer: Any, files: list[Any] | None = None) 
         raise UnsupportedCacheError(f"the cache dtype must be one of {', '.join(DTYPES)}, got {model.dtype}")
     template = template_for(tokenizer)
     fingerprint = fingerprint_of(model, tokenizer, template, files)
-    return LanguageModel(name, model, tokenizer, template, fingerprint, model.config._attn_implementation)
+    lm = LanguageModel(name, model, tokenizer, template, fingerprint, model.config._attn_implementation)
+    try:
+        lm.question_ids("x", len(lm.context_ids("x")))
+    except ContextError as error:
+        raise ModelError(f"{name}: the template itself cannot be read: {error}") from error
+    return lm
 
 
 def check_config(config: Any) -> None:

@@ -17,24 +17,12 @@ from typing import Any
 
 from blake3 import blake3
 
-from kvlink.errors import ContextError, ModelError
+from kvlink.errors import ModelError
 from kvlink.payload import Prompt
+from kvlink.payload import Turn as Turn
 
 _CONTEXT = "\x02kvlink-context\x03"
 _QUESTION = "\x02kvlink-question\x03"
-ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """An earlier turn of the conversation that the context belongs to."""
-
-    role: str
-    content: str
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ContextError(f"a turn's role must be one of {', '.join(ROLES)}, got {self.role!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +36,7 @@ class Template:
     ask_after: str
     stops: tuple[str, ...]
     special_tokens: bool
-    """Whether the tokenizer adds its own tokens (BOS) before the text."""
+    """Whether the tokenizer's own opening tokens (BOS) stand before the text."""
     chat: Any = None
 
     def digest(self) -> bytes:
@@ -56,14 +44,20 @@ class Template:
         texts = (self.template_id, self.before, self.after, self.ask_before, self.ask_after, *self.stops)
         return blake3("\x00".join(texts).encode()).digest(length=16)
 
+    @property
+    def source(self) -> str:
+        """The program that writes the prompt; empty for the plain template."""
+        return str(self.chat.chat_template) if self.chat is not None else ""
+
+    def opening(self, turns: Sequence[Turn] = ()) -> str:
+        """What stands before the context, earlier turns in it."""
+        if turns and self.chat is not None:
+            return _render_chat(self.chat, turns)[0]
+        return "".join(f"{t.role.capitalize()}: {t.content}\n" for t in turns) + self.before
+
     def prompt(self, turns: Sequence[Turn] = ()) -> Prompt:
         """What the manifest says of the text around the context."""
-        before = self.before
-        if turns and self.chat is not None:
-            before = _render_chat(self.chat, turns)[0]
-        elif turns:
-            before = "".join(f"{t.role.capitalize()}: {t.content}\n" for t in turns) + before
-        return Prompt(self.template_id, before.encode(), self.after.encode())
+        return Prompt(self.template_id, self.opening(turns).encode(), self.after.encode(), tuple(turns))
 
     def ask(self, question: str) -> str:
         return self.ask_before + question + self.ask_after

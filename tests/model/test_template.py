@@ -56,7 +56,7 @@ def test_earlier_turns_stand_before_the_context(chat_folder):
     turns = (Turn("user", "Hello."), Turn("assistant", "Go on."))
     before = lm.template.prompt(turns).before.decode()
     assert before == "<|user|>Hello.<|end|>\n<|assistant|>Go on.<|end|>\n<|user|>Context: "
-    ids = lm.context_ids("Tavik is a town.", turns=turns)
+    ids = lm.context_ids("Tavik is a town.", lm.template.prompt(turns))
     assert len(ids) > len(lm.context_ids("Tavik is a town."))
     assert answer(lm, prefill(lm, ids), "What is Tavik?", max_new_tokens=3).token_ids
 
