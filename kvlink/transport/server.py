@@ -27,7 +27,7 @@ from kvlink.errors import AccessError, ConfigError
 from kvlink.recipe import Wish
 from kvlink.transport import convert
 from kvlink.transport.api import Ask, Caller, Delivery, Fetch, ReceiverHandler, SenderHandler
-from kvlink.transport.calls import Guard, check_readers, stream, unary
+from kvlink.transport.calls import Guard, check_readers, reader, stream, unary
 from kvlink.transport.credentials import Credentials
 from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
 
@@ -213,7 +213,7 @@ def _handlers(service: Any, servicer: Any) -> Any:
         asked, told = method.input_type, method.output_type
         found[method.name] = getattr(grpc, f"{arity}_rpc_method_handler")(
             getattr(servicer, method.name),
-            request_deserializer=None if asked.name == "Frame" else GetMessageClass(asked).FromString,
+            request_deserializer=None if asked.name == "Frame" else reader(GetMessageClass(asked)),
             response_serializer=None if told.name == "Frame" else GetMessageClass(told).SerializeToString,
         )
     return grpc.method_handlers_generic_handler(service.full_name, found)
