@@ -2,7 +2,8 @@
 # make test   lint, types, generated code and all tests
 # make eval   every table: accuracy against bytes
 # make faults lines that break, peers that lie or die, load: a quarter of an hour, one JSON object at the end
-# make fuzz   every parser under a coverage-guided fuzzer, SECONDS=120 in all
+# make fuzz   every parser under a coverage-guided fuzzer, SECONDS=120 in all; then MESSAGES=100000 random ones for
+#             each service of running agents, SEED=0
 # All create .venv when it is missing.
 
 PYTHON ?= python3
@@ -40,8 +41,11 @@ faults: $(READY)
 	$(BIN)/python -m tests.faults
 
 SECONDS ?= 120
+MESSAGES ?= 100000
+SEED ?= 0
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+	$(BIN)/python -m tests.fuzz.services --messages $(MESSAGES) --seed $(SEED)
 
 # Train the embedded model again (about two hours on two CPU cores).
 train: $(READY)

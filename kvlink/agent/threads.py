@@ -6,6 +6,7 @@ Does not know: what is generated. Place on the path: between the model and the s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -21,12 +22,19 @@ async def to_thread(work: Callable[..., T], *arguments: Any) -> T:
 
 
 async def finished(work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives; when cancelled, only after it has come to its end."""
+    """What `work` gives; when cancelled, however often, only after it has come to its end.
+
+    What it then raises is nobody's any more, and is dropped.
+    """
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # asked for, or the loop would log it as never retrieved
         raise
 
 

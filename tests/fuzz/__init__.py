@@ -1,1 +1,1 @@
-"""What `make fuzz` runs: everything that parses, under a coverage-guided fuzzer."""
+"""What `make fuzz` runs: everything that parses under a coverage-guided fuzzer, and agents under random messages."""

@@ -1,4 +1,4 @@
-"""Both agents as processes on loopback, over TLS, with peers that may do everything and one that may do next to nothing."""
+"""Both agents as processes on loopback, over TLS, with peers of every right and one of the least."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ NOBODY = "127.0.0.1:9"
 """A receiver that the sender may dial, where nobody listens."""
 STOP_S = 60.0
 OPTIONS = {
-    "receiver": ("--max-held", "300MB", "--max-cache", "50MB", "--resume-lifetime-s", "3", "--wait-s", "3"),
-    "sender": ("--max-held", "300MB", "--resume-lifetime-s", "3", "--wait-s", "3"),
+    "receiver": ("--max-held", "100MB", "--max-cache", "20MB", "--resume-lifetime-s", "3", "--wait-s", "3"),
+    "sender": ("--max-held", "100MB", "--resume-lifetime-s", "3", "--wait-s", "3"),
 }
 """Bounds that a run of minutes reaches, so that memory has its ceiling early."""
 
@@ -156,5 +156,3 @@ def _start(kind: str, address: str, credentials: Path, log: Path) -> Agent:
         stdout=subprocess.PIPE, stderr=out, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return Agent(kind, address, process, out)
-
-

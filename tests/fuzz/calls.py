@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -71,9 +72,12 @@ class Planner:
     seen: Seen
     receiver_at: str
     samples: dict[str, list[Any]] = field(init=False)
+    own: dict[str, Seen] = field(init=False)
+    """Ids by the peer that they belong to."""
 
     def __post_init__(self) -> None:
         self.samples = self.honest.requests(self.receiver_at)
+        self.own = defaultdict(lambda: Seen(6))
 
     def plan(self, number: int, peer: str, token: str) -> Plan:
         rng = random.Random(f"{self.seed}/{self.service.name}/{number}")
@@ -86,7 +90,7 @@ class Planner:
         elif method.client_streaming:
             messages = self._stream(maker, method)
         else:
-            messages = [self._request(maker, method).SerializeToString()]
+            messages = [self._request(maker, method, self.own[peer]).SerializeToString()]
             if rng.random() < 0.01:
                 messages = messages * rng.choice((0, 2, 3))
         ending: Ending = rng.choices(
@@ -100,7 +104,7 @@ class Planner:
             paced=method.client_streaming and rng.random() < 0.7,
         )  # fmt: skip
 
-    def _request(self, maker: Maker, method: MethodDescriptor) -> Any:
+    def _request(self, maker: Maker, method: MethodDescriptor, own: Seen) -> Any:
         rng, samples = maker.rng, self.samples.get(method.name)
         if not samples or rng.random() < 0.35:
             return maker.message(method.input_type)
@@ -109,8 +113,13 @@ class Planner:
         for name in _IDS:  # its own ids, which are there, and now and then new ones
             if name in made.DESCRIPTOR.fields_by_name and getattr(made, name):
                 kind = type(getattr(made, name))
-                value = self.seen.pick(rng, name, kind) if rng.random() < 0.8 or kind is str else rng.randbytes(16)
-                setattr(made, name, value if value is not None else kind())
+                known = kind is str or rng.random() < 0.5
+                value = (
+                    (own.pick(rng, name, kind) or self.seen.pick(rng, name, kind))
+                    if known
+                    else rng.randbytes(16)
+                )
+                setattr(made, name, value or kind())
         return made if rng.random() < 0.15 else maker.changed(made)
 
     def _stream(self, maker: Maker, method: MethodDescriptor) -> list[bytes]:
@@ -134,7 +143,11 @@ class Planner:
         if plan.peer == LEAST or plan.malformed:
             return
         if ended.last and plan.method.output_type.name != "Frame":
-            self.seen.note(GetMessageClass(plan.method.output_type).FromString(ended.last))
+            told = GetMessageClass(plan.method.output_type).FromString(ended.last)
+            self.seen.note(told)
+            for name in ("context_id", "cache_id"):
+                if getattr(told, name, ""):
+                    self.own[plan.peer].add(name, getattr(told, name))
         if ended.status == "OK" or ended.answers:
             for message in plan.messages[:1]:
                 parsed = GetMessageClass(plan.method.input_type).FromString(message)
@@ -142,6 +155,7 @@ class Planner:
                     for name in ("transfer_id", "delivery_id"):
                         if owner is not None and getattr(owner, name, b""):
                             self.seen.add(name, getattr(owner, name))
+                            self.own[plan.peer].add(name, getattr(owner, name))
 
 
 _WORDS = (
@@ -154,11 +168,17 @@ async def call(channel: grpc.aio.Channel, plan: Plan) -> Ended:
     """Make a call as planned. Never raises for what the agent does."""
     ended, began = Ended(), time.monotonic()
     timeout_s = plan.after_s if plan.ending == "short deadline" else HANG_S
-    method = channel.stream_stream(f"/{plan.method.containing_service.full_name}/{plan.method.name}", None, None)
+    method = channel.stream_stream(
+        f"/{plan.method.containing_service.full_name}/{plan.method.name}", None, None
+    )
     made = method(timeout=timeout_s, metadata=plan.metadata)
     answered = asyncio.Event()
     writing = asyncio.create_task(_write(made, plan, ended, answered))
-    giving_up = asyncio.get_running_loop().call_later(plan.after_s, made.cancel) if plan.ending == "cancelled" else None
+    giving_up = (
+        asyncio.get_running_loop().call_later(plan.after_s, made.cancel)
+        if plan.ending == "cancelled"
+        else None
+    )
     try:
         while (answer := await made.read()) is not grpc.aio.EOF:
             answered.set()
@@ -180,7 +200,11 @@ async def call(channel: grpc.aio.Channel, plan: Plan) -> Ended:
     ended.status, ended.details, ended.seconds = code.name, details or "", time.monotonic() - began
     if code is grpc.StatusCode.INTERNAL and details == "Internal error from Core":
         ended.status = LOST
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED and plan.ending != "short deadline" and ended.seconds >= HANG_S - 1:
+    if (
+        code is grpc.StatusCode.DEADLINE_EXCEEDED
+        and plan.ending != "short deadline"
+        and ended.seconds >= HANG_S - 1
+    ):
         ended.status = "HANG"
     return ended
 

@@ -23,15 +23,32 @@ LONGEST_BYTES = 15_000_000
 """Of one text or byte string: with the rest of its message below the agents' limit."""
 
 _INT, _LONG = 2**31, 2**63
-_NUMBERS = (0, 1, 2, 3, 16, 255, 256, 4096, _INT - 1, _INT, 2 * _INT - 1, 2 * _INT, 2**53 + 1, 2**62, _LONG - 1, _LONG)
+_NUMBERS = (
+    0,
+    1,
+    2,
+    3,
+    16,
+    255,
+    256,
+    4096,
+    _INT - 1,
+    _INT,
+    2 * _INT - 1,
+    2 * _INT,
+    2**53 + 1,
+    2**62,
+    _LONG - 1,
+    _LONG,
+)
 _FLOATS = (
     0.0, -0.0, 1.0, -1.0, 0.5, 1e-3, 1e-320, 5e-324, 2.2e-308, 1e308, -1e308, 1e38, 3.4e39, 1e19, -1e19,
     float("inf"), float("-inf"), float("nan"),
 )  # fmt: skip
 _TEXTS = (
     *(text for name, text in HOSTILE.items() if not name.startswith(("megabytes", "half"))),
-    "", " ", "\n", "\0", "%s%n", "{}{0}", "../../etc/passwd", "\\ud800", "\\x1b[2J", "\ufffd", "é", "e\u0301", "世界", "🙂",
-    "<|im_start|>system\n", "<|im_end|>", "<s>", "</s>", "[INST]", "null", "NaN", "1e400", "-1", "[", "]", "=", "@", "=" * 300,
+    "", " ", "\n", "\0", "%s%n", "{}{0}", "../../etc/passwd", "\\ud800", "\\x1b[2J", "\ufffd", "é", "e\u0301", "世界",
+    "<|im_start|>system\n", "<|im_end|>", "<s>", "</s>", "🙂", "null", "NaN", "1e400", "-1", "[", "=", "@", "=" * 300,
     "int8", "raw", "text", "lossless", "int4", "q2c@0.25 int4", "transform=1", "svd=8 int8", "press:SnapKVPress@0.5",
     "127.0.0.1:1", "[::1]:1", "localhost:0", "127.0.0.1:99999", "kvlink://127.0.0.1:1/x", "user", "assistant", "system",
 )  # fmt: skip
@@ -82,8 +99,10 @@ class Maker:
         """A message of random values: each field absent, or set, whichever it is."""
         made = GetMessageClass(descriptor)()
         share = self.rng.choice((0.2, 0.6, 0.9))
+        chosen = {self.rng.choice(one.fields).full_name for one in descriptor.oneofs}
         for field in descriptor.fields:
-            if self.rng.random() < share:
+            allowed = field.containing_oneof is None or field.full_name in chosen
+            if allowed and self.rng.random() < share:
                 self.fill(made, field, depth)
         return made
 
@@ -109,7 +128,11 @@ class Maker:
                 else:
                     many[self.value(key)] = self.value(value)
         elif field.message_type:
-            one = [self.message(field.message_type, depth + 1) for _ in range(min(count, 3))] if depth < 6 else []
+            one = (
+                [self.message(field.message_type, depth + 1) for _ in range(min(count, 3))]
+                if depth < 6
+                else []
+            )
             many.extend(rng.choice(one) for _ in range(count) if one)
         else:
             one = [self.value(field) for _ in range(min(count, 17))]
@@ -124,11 +147,19 @@ class Maker:
             return rng.random() < 0.5
         if kind == FieldDescriptor.CPPTYPE_ENUM:
             known = [value.number for value in field.enum_type.values]
-            return rng.choice(known) if rng.random() < 0.6 else rng.choice((-1, 99, _INT - 1, -_INT, max(known) + 1))
+            return (
+                rng.choice(known)
+                if rng.random() < 0.6
+                else rng.choice((-1, 99, _INT - 1, -_INT, max(known) + 1))
+            )
         if kind in (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE):
             return rng.choice(_FLOATS) if rng.random() < 0.7 else rng.uniform(-4, 4)
         if kind == FieldDescriptor.CPPTYPE_STRING:
-            return self._bytes(field.name) if field.type == FieldDescriptor.TYPE_BYTES else self._text(field.name)
+            return (
+                self._bytes(field.name)
+                if field.type == FieldDescriptor.TYPE_BYTES
+                else self._text(field.name)
+            )
         return self._number(field)
 
     def _number(self, field: FieldDescriptor) -> int:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import sys
 import tempfile
 import time
@@ -106,7 +105,9 @@ class Keeper:
 
 def _shown(plan: Plan) -> str:
     """A call as text: its method, its peer, its messages as prototext."""
-    lines = [f"call {plan.number}: {plan.method.name} by {plan.peer}, {plan.ending}, metadata {plan.metadata!r}"]
+    lines = [
+        f"call {plan.number}: {plan.method.name} by {plan.peer}, {plan.ending}, metadata {plan.metadata!r}"
+    ]
     for message in plan.messages:
         try:
             parsed = GetMessageClass(plan.method.input_type).FromString(message)
@@ -133,7 +134,7 @@ async def fuzz(
                     if tally.messages >= messages:
                         return
                     if peer == agents.LEAST:  # the cheapest refusals: they would crowd the others out
-                        await asyncio.sleep(0.02)
+                        await asyncio.sleep(0.1)
                     plan = planner.plan(next(numbers), peer, token)
                     ended = await call(channel, plan)
                     _count(tally, plan, ended, keeper)
@@ -157,7 +158,9 @@ def _count(tally: Tally, plan: Plan, ended: Ended, keeper: Keeper) -> None:
     tally.slowest_s = max(tally.slowest_s, ended.seconds)
     fault = ""
     if ended.status in FAULTS:
-        fault = f"{plan.method.name} ended as {ended.status} after {ended.seconds:.1f} s: {ended.details[:500]}"
+        fault = (
+            f"{plan.method.name} ended as {ended.status} after {ended.seconds:.1f} s: {ended.details[:500]}"
+        )
     elif plan.peer == agents.LEAST and ended.status == "OK" and plan.method.name != "GetCapabilities":
         fault = f"{plan.method.name}: a peer without the right was let in"
     elif obeyed(ended.details):
@@ -213,9 +216,10 @@ async def _one(
         await asyncio.gather(*beside)
     second, last = agent.quarter_bytes(2), agent.quarter_bytes(4)
     print(f"{kind}: {tally.messages:,} messages in {tally.seconds:.0f} s, seed {seed}\n{tally.table()}")
+    print(f"  memory: medians {second / 1e6:.0f} MB in the second quarter, {last / 1e6:.0f} MB in the last")
     print(
-        f"  memory: {second / 1e6:.0f} MB in the second quarter, {last / 1e6:.0f} MB in the last (medians); honest calls: "
-        f"{report.rounds} rounds, {len(report.wrong)} wrong, {report.busy} told to come again, slowest {report.slowest_s:.1f} s",
+        f"  honest calls: {report.rounds} rounds, {len(report.wrong)} wrong, {report.busy} told to come again, "
+        f"the slowest {report.slowest_s:.1f} s",
         flush=True,
     )
     found[kind] = tally.to_dict() | {
@@ -237,7 +241,9 @@ def _log_faults(kind: str, log: str) -> list[str]:
     at = log.find("Traceback")
     if at >= 0:
         count = log.count("Traceback")
-        faults.append(f"{count} tracebacks in the {kind}'s log, the first: {log[max(0, at - 300) : at + 3000]}")
+        faults.append(
+            f"{count} tracebacks in the {kind}'s log, the first: {log[max(0, at - 300) : at + 3000]}"
+        )
     for line in log.splitlines():
         if obeyed(line):
             faults.append(f"a line of the {kind}'s log has {obeyed(line)}: {line[:300]!r}")
