@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 
 import grpc
@@ -21,11 +23,13 @@ async def end_of(pair, kind: str, method: str, *messages: bytes) -> tuple[str, s
     address = {"receiver": pair.target, "sender": pair.source}[kind].address
     async with grpc.aio.insecure_channel(address) as channel:
         call = channel.stream_stream(f"/{SERVICES[kind].full_name}/{method}", None, None)(timeout=60)
-        for message in messages:
-            await call.write(message)
-        await call.done_writing()
-        while await call.read() is not grpc.aio.EOF:
-            pass
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # it is over: the status says how
+            for message in messages:
+                await call.write(message)
+            await call.done_writing()
+        with contextlib.suppress(grpc.RpcError):
+            while await call.read() is not grpc.aio.EOF:
+                pass
         return (await call.code()).name, await call.details()
 
 
