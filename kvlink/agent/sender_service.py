@@ -9,7 +9,6 @@ Does not know: gRPC. Place on the path: the sender's edge.
 from __future__ import annotations
 
 import asyncio
-import fnmatch
 import itertools
 import logging
 import secrets
@@ -42,8 +41,9 @@ from kvlink.model.template import Turn
 from kvlink.observe import Observer
 from kvlink.receipt import Capabilities
 from kvlink.recipe import PRESS, Recipe, Wish
+from kvlink.transport.address import Address
 from kvlink.transport.api import NOBODY, Caller, Delivery, Explanation, Fetch, Progress, Published, PushStatus
-from kvlink.transport.client import CALL_S, ReceiverClient
+from kvlink.transport.client import CALL_S, CONNECT_S, ReceiverClient
 from kvlink.transport.sockets import SocketCount
 from kvlink.wire.messages import TRANSFER_ID_BYTES
 
@@ -133,7 +133,7 @@ class SenderService:
         self, delivery: Delivery, caller: Caller = NOBODY
     ) -> AsyncGenerator[Progress, None]:
         """Pack, dial the receiver, compare identities, push; then say what it cost."""
-        self._allow(delivery.receiver)
+        delivery = replace(delivery, receiver=self._allow(delivery.receiver))
         recipe = self._recipe(delivery.recipe)
         if delivery.explain and delivery.context_id:
             raise AccessError(
@@ -244,7 +244,8 @@ class SenderService:
         while True:
             try:
                 left_s = last_s - (time.perf_counter() - began)
-                async with self._dial(address, caller) as peer:
+                # It answered a moment ago: where it refuses now it may be on its way up again.
+                async with self._dial(address, caller, CONNECT_S) as peer:
                     before = peer.socket_count()
                     async with aclosing(peer.push(transfer.frames, readers, max(left_s, 0.001))) as told:
                         async for item in told:
@@ -291,10 +292,12 @@ class SenderService:
                 await peer.put_profile(profile.to_bytes())
             log.info("profile %s sent to %s", profile.digest.hex()[:12], address)
 
-    def _dial(self, address: str, caller: Caller) -> ReceiverClient:
+    def _dial(self, address: str, caller: Caller, patience_s: float = 0.0) -> ReceiverClient:
         """A client for a receiver, with the credentials meant for it."""
         told = self.settings
-        return ReceiverClient(address, told.credentials, insecure=told.insecure, trace=caller.trace)
+        return ReceiverClient(
+            address, told.credentials, insecure=told.insecure, trace=caller.trace, patience_s=patience_s
+        )
 
     async def _compare(self, peer: ReceiverClient, recipe: Recipe) -> Capabilities:
         """Identity before bytes: nothing is read or packed for a receiver that cannot use it."""
@@ -323,15 +326,16 @@ class SenderService:
             raise AccessError(f"{recipe.selection.method}: this sender imports no kvpress for its callers")
         return recipe
 
-    def _allow(self, address: str) -> None:
-        """Nobody dials an address that the peer list does not allow."""
-        told = self.settings
+    def _allow(self, text: str) -> str:
+        """The address in its one spelling. Nobody dials one that the peer list does not allow."""
+        told, address = self.settings, Address.parse(text)
         listed = told.credentials.addresses() if told.credentials else LOOPBACK_PEERS
         allowed = told.peers or tuple(listed)
-        if address not in allowed and not any(fnmatch.fnmatchcase(address, p) for p in allowed):
+        if not any(map(address.matches, allowed)):
             raise AccessError(
-                f"{address!r} is not in this sender's peer list ({', '.join(allowed)}); add it with --peer"
+                f"{text!r} is not in this sender's peer list ({', '.join(allowed)}); add it with --peer"
             )
+        return str(address)
 
 
 class _Contexts:

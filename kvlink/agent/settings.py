@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvlink.agent.sender import DEFAULT_RECIPE
+from kvlink.transport.address import check_pattern
 from kvlink.transport.credentials import Credentials
 from kvlink.wire.session import Limits
 
@@ -42,14 +43,14 @@ class ReceiverSettings:
     limits: Limits = field(default_factory=Limits)
 
 
-LOOPBACK_PEERS = ("127.0.0.1:*", "localhost:*", "[[]::1]:*")
+LOOPBACK_PEERS = ("127.0.0.1:*", "localhost:*", "[::1]:*")
 
 
 @dataclass(frozen=True, slots=True)
 class SenderSettings:
     """Bounds of a sender agent. Lifetimes in seconds; 0 bytes for one peer means as for all.
 
-    `peers`: receivers that may be dialled, as host:port patterns; empty: those that the credentials
+    `peers`: receivers that may be dialled, as host:port with `*` for any letters; empty: those that the credentials
     list, or loopback where there are none. `insecure`: dial off loopback without encryption.
     `presses`: whether a caller's recipe may name a class of kvpress, which imports that package.
     `attempts`: dials in a row that bring nothing before a delivery is broken.
@@ -73,3 +74,6 @@ class SenderSettings:
     staging: Path | None = None
     max_packed_bytes: int = 2_000_000_000
     max_staged_bytes: int = 16_000_000_000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "peers", tuple(map(check_pattern, self.peers)))

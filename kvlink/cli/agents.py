@@ -6,6 +6,7 @@ Does not know: what an agent does. Place on the path: the face of the package.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,11 +157,11 @@ def sender(
 
 def _proof(listen: str, creds: Path | None, insecure: bool) -> Any:
     """The agent's credentials, or None. An address that needs some is refused before a model is loaded."""
-    proof = credentials(creds, insecure)
-    if proof is None:
-        from kvlink.transport.server import check_open
+    from kvlink.transport.address import Address
 
-        check_open(listen, insecure)
+    at, proof = Address.parse(listen, listening=True), credentials(creds, insecure)
+    if proof is None:
+        at.check_open(insecure)
     return proof
 
 
@@ -175,15 +176,18 @@ def _serve(
     trace_to: str,
 ) -> None:
     """Run an agent until it is told to stop."""
-    from kvlink.transport.server import Server, split_address
+    from kvlink.transport.address import Address
+    from kvlink.transport.server import Server
 
-    host = listen.rpartition(":")[0]
+    at = Address.parse(listen, listening=True)
     observer = Observer(kind, metrics=bool(metrics), trace_to=trace_to)
-    stop_metrics = observer.serve(*split_address(metrics)) if metrics else lambda: None
+    stop_metrics = (
+        observer.serve(*astuple(Address.parse(metrics, listening=True))) if metrics else lambda: None
+    )
 
     def started(port: int) -> None:
         how = f", as {proof.name!r} over TLS" if proof else ""
-        print(f"kvlink {kind} with {model} listens on {host}:{port}{how}", flush=True)
+        print(f"kvlink {kind} with {model} listens on {replace(at, port=port)}{how}", flush=True)
 
     async def serve() -> None:
         service = make(observer)

@@ -88,7 +88,6 @@ def show(
 
 def _members(sender: list[str] | None, receiver: list[str] | None, client: list[str] | None) -> list[Any]:
     from kvlink.transport.certs import Member
-    from kvlink.transport.server import split_address
 
     found = [("receiver", text) for text in receiver or ()] + [("sender", text) for text in sender or ()]
     members = []
@@ -96,7 +95,6 @@ def _members(sender: list[str] | None, receiver: list[str] | None, client: list[
         name, mark, address = text.partition("=")
         if not mark:
             raise errors.ConfigError(f"expected NAME=HOST:PORT for a {kind}, got {text!r}")
-        split_address(address)
         members.append(Member(name, kind, address))  # type: ignore[arg-type]
     return [*members, *(Member(name, "client") for name in client or ())]
 

@@ -32,6 +32,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from kvlink.errors import ConfigError
 from kvlink.files import whole_file
+from kvlink.transport.address import Address
 
 Kind = Literal["sender", "receiver", "client"]
 DEFAULT_DAYS = 7.0
@@ -39,7 +40,6 @@ AUTHORITY_DAYS = 3650.0
 AUTHORITY, IDENTITY, PEERS = "authority.pem", "identity.pem", "peers.toml"
 _AUTHORITY_KEY = "authority.key"
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
-_ADDRESS = re.compile(r"([A-Za-z0-9._-]+:\d+|\[[0-9a-fA-F:]+\]:\d+)?")
 _SKEW = datetime.timedelta(minutes=5)
 
 RIGHTS_BY_KIND: dict[tuple[Kind, Kind], tuple[str, ...]] = {
@@ -64,8 +64,8 @@ class Member:
             raise ConfigError(
                 f"a peer's name has letters, digits, '.', '_' and '-', at most 64, got {self.name!r}"
             )
-        if not _ADDRESS.fullmatch(self.address):
-            raise ConfigError(f"expected an address as host:port, got {self.address!r}")
+        if self.address or self.kind != "client":
+            object.__setattr__(self, "address", str(Address.parse(self.address)))
 
 
 def begin(folder: Path, members: Iterable[Member], days: float = DEFAULT_DAYS) -> list[Path]:
@@ -145,22 +145,24 @@ def hashed(token: str) -> str:
 
 
 def _join(folder: Path, member: Member, known: Iterable[Member], days: float) -> Path:
-    at = folder / member.name
-    _make(at)
-    _write(at / AUTHORITY, (folder / "authority" / AUTHORITY).read_bytes())
+    home = folder / member.name
+    _make(home)
+    _write(home / AUTHORITY, (folder / "authority" / AUTHORITY).read_bytes())
     _issue(folder, member.name, days)
     lines = [f'name = "{member.name}"', f'kind = "{member.kind}"']
     lines += [f'address = "{member.address}"'] if member.address else []
-    _write(at / PEERS, ("\n".join(lines) + "\n").encode())
+    _write(home / PEERS, ("\n".join(lines) + "\n").encode())
     if member.address:  # an agent may ask itself how it is
-        own = Member(member.name, member.kind, f"127.0.0.1:{member.address.rpartition(':')[2]}")
+        at = Address.parse(member.address)
+        here = Address("::1" if ":" in at.host else "127.0.0.1", at.port)
+        own = Member(member.name, member.kind, str(here))
         _introduce(folder, member, own, ("look",))
     for other in known:
         for caller, called in ((member, other), (other, member)):
             rights = RIGHTS_BY_KIND.get((caller.kind, called.kind))
             if rights:
                 _introduce(folder, caller, called, rights)
-    return at
+    return home
 
 
 def _introduce(folder: Path, caller: Member, called: Member, rights: tuple[str, ...]) -> None:

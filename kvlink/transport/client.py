@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import math
 import secrets
-import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
@@ -26,7 +25,6 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvlink.errors import (
-    CredentialsError,
     KvlinkError,
     LimitError,
     PeerUnavailableError,
@@ -35,11 +33,13 @@ from kvlink.errors import (
 from kvlink.observe import current_parent
 from kvlink.receipt import Capabilities
 from kvlink.recipe import Wish
-from kvlink.transport import certs, convert
+from kvlink.transport import convert
+from kvlink.transport.address import Address
 from kvlink.transport.api import Ask, Delivery, Fetch, Piece, Progress, Published, PushStatus
 from kvlink.transport.calls import READERS
 from kvlink.transport.credentials import Credentials, Dial
-from kvlink.transport.server import MAX_MESSAGE_BYTES, check_open, split_address
+from kvlink.transport.reach import listening, refusal
+from kvlink.transport.server import MAX_MESSAGE_BYTES
 from kvlink.transport.sockets import SocketCount, connections
 from kvlink.transport.status import from_rpc_error
 from kvlink.v1 import common_pb2, receiver_pb2, receiver_pb2_grpc, sender_pb2, sender_pb2_grpc
@@ -51,6 +51,9 @@ _OPTIONS = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 20_000),  # signs of life are faster; this is for calls without them
     ("grpc.http2.max_pings_without_data", 0),
+    # Nothing in a machine's environment decides through whose hands a cache goes.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.address_http_proxy_enabled_addresses", ""),
     ("grpc.enable_retries", 0),  # a transfer resumes in the protocol
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
@@ -82,7 +85,8 @@ class _Client:
     """A channel to one agent. Use as an async context manager.
 
     `timeout_s`: the deadline of calls that do work. `trace`: W3C traceparent of the span that the calls
-    belong to, else the current one. Raises AccessError and CredentialsError before
+    belong to, else the current one. `patience_s`: how long a peer that refuses connections is taken to be
+    on its way up, at most `CONNECT_S`. Raises AccessError and CredentialsError before
     anything is sent, PeerUnavailableError where nobody answers.
     """
 
@@ -96,22 +100,24 @@ class _Client:
         insecure: bool = False,
         timeout_s: float = CALL_S,
         trace: str = "",
+        patience_s: float = 0.0,
     ) -> None:
-        split_address(address)
+        self._at = Address.parse(address)
         self._trace = trace
-        self.address = address
+        self._patience_s = patience_s
+        self.address = str(self._at)
         self.timeout_s = timeout_s
         self._credentials = credentials
         self._dial: Dial | None = None
         if credentials is not None:
-            self._dial = credentials.dial(address)
+            self._dial = credentials.dial(self.address)
         else:
-            check_open(address, insecure, "dial")
+            self._at.check_open(insecure, "dial")
         self._channel: Any = None
         self._local_port = 0
 
     async def __aenter__(self) -> Self:
-        before = connections(*split_address(self.address))
+        before = connections(self._at.host, self._at.port)
         if self._credentials is not None and self._dial is not None:
             options = [*_OPTIONS, ("grpc.ssl_target_name_override", self._dial.name)]
             proof = self._credentials.channel()
@@ -119,11 +125,11 @@ class _Client:
         else:
             self._channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
         try:
-            await self._ready()
+            await self._ready(self._patience_s)
         except BaseException:
             await self._channel.close()
             raise
-        new = set(connections(*split_address(self.address))) - set(before)
+        new = set(connections(self._at.host, self._at.port)) - set(before)
         self._local_port = new.pop() if len(new) == 1 else 0
         return self
 
@@ -132,67 +138,37 @@ class _Client:
     ) -> None:
         await self._channel.close()
 
-    async def _ready(self) -> None:
-        """Wait for a connection; a handshake that fails is told at once, and why."""
-        until = time.monotonic() + CONNECT_S
+    async def _ready(self, patience_s: float = 0.0) -> None:
+        """Wait for a connection. What waiting does not mend is told at once, and why.
+
+        `patience_s`: so long a peer that cannot be reached is taken to be on its way up again.
+        """
+        began = time.monotonic()
         state = self._channel.get_state(try_to_connect=True)
         while state is not grpc.ChannelConnectivity.READY:
-            if self._dial is not None and state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-                why = await self._handshake_trouble()
-                if why:
-                    raise CredentialsError(f"{self.address}: no connection to {self._dial.name!r}: {why}")
+            if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                why = await refusal(self._at, self._credentials, self._dial)
+                patient = isinstance(why, PeerUnavailableError) and time.monotonic() - began < patience_s
+                if why is not None and not patient:
+                    raise why
+            left_s = CONNECT_S - (time.monotonic() - began)
             try:
-                left = until - time.monotonic()
-                await asyncio.wait_for(self._channel.wait_for_state_change(state), left)
+                await asyncio.wait_for(self._channel.wait_for_state_change(state), left_s)
             except TimeoutError:
                 raise PeerUnavailableError(
                     f"{self.address}: no agent answers within {CONNECT_S:g} s{await self._hint()}"
                 ) from None
             state = self._channel.get_state(try_to_connect=True)
 
-    async def _handshake_trouble(self) -> str:
-        """Why TLS fails with a peer that listens; empty where nobody does, or nothing is wrong."""
-        if self._credentials is None or self._dial is None:
-            return ""
-        context = ssl.create_default_context(cafile=str(self._credentials.folder / certs.AUTHORITY))
-        context.load_cert_chain(self._credentials.folder / certs.IDENTITY)
-        context.set_alpn_protocols(["h2"])
-        host, port = split_address(self.address)
-        try:
-            async with asyncio.timeout(2.0):
-                reader, writer = await asyncio.open_connection(
-                    host, port, ssl=context, server_hostname=self._dial.name
-                )
-                try:
-                    if await reader.read(1):  # the peer speaks: it has accepted the certificate
-                        return ""
-                    return "the peer closed the connection: it does not accept this certificate"
-                finally:
-                    writer.close()
-        except ssl.SSLCertVerificationError as error:
-            return f"its certificate does not hold: {error.verify_message}"
-        except ssl.SSLError as error:
-            return (error.reason or str(error)).lower().replace("_", " ")
-        except ConnectionResetError:
-            return "the peer closed the connection: it does not accept this certificate"
-        except (OSError, TimeoutError):
-            return ""
-
     async def _hint(self) -> str:
         """What a peer that listens but does not answer may want."""
-        if self._dial is not None:
-            return ""
-        try:
-            async with asyncio.timeout(1.0):
-                _, writer = await asyncio.open_connection(*split_address(self.address))
-            writer.close()
-        except (OSError, TimeoutError):
+        if self._dial is not None or await listening(self._at):
             return ""
         return "; something listens there: an agent with TLS needs --credentials here too"
 
     def socket_count(self) -> SocketCount | None:
         """What the kernel counted on this client's connection; None where it cannot be told."""
-        return connections(*split_address(self.address)).get(self._local_port)
+        return connections(self._at.host, self._at.port).get(self._local_port)
 
     async def health(self) -> str:
         """SERVING, NOT_SERVING or UNKNOWN."""
@@ -246,7 +222,7 @@ class _Client:
         while True:
             try:
                 if failed:
-                    await self._ready()
+                    await self._ready(CONNECT_S)
                 async with contextlib.aclosing(attempt()) as items:
                     async for item in items:
                         failed = 0

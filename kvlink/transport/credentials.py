@@ -22,6 +22,7 @@ import grpc
 
 from kvlink.errors import AccessError, ConfigError, CredentialsError
 from kvlink.transport import certs
+from kvlink.transport.address import Address
 
 log = logging.getLogger("kvlink.credentials")
 
@@ -201,7 +202,10 @@ class Credentials:
         if datetime.timedelta() < until - datetime.datetime.now(datetime.UTC) < _WARN:
             log.warning("the certificate of %r in %s is valid until %s", name, self.folder, until)
         try:
-            dial = {at: Dial(str(told["name"]), str(told["token"])) for at, told in _tables(peers, "dial")}
+            dial = {
+                str(Address.parse(at)): Dial(str(told["name"]), str(told["token"]))
+                for at, told in _tables(peers, "dial")
+            }
             access = {
                 who: _Access(str(told["token_sha256"]), frozenset(map(str, told["may"])))
                 for who, told in _tables(peers, "access")

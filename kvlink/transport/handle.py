@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from kvlink.errors import ConfigError
-from kvlink.transport.server import split_address
+from kvlink.transport.address import Address
 
 _PATTERN = re.compile(r"kvlink://([^/\s]+)/([A-Za-z0-9_-]{1,64})")
 
@@ -30,5 +30,4 @@ class Handle:
         match = _PATTERN.fullmatch(text)
         if not match:
             raise ConfigError(f"expected a handle such as kvlink://127.0.0.1:50051/ID, got {text!r}")
-        split_address(match[1])
-        return cls(match[1], match[2])
+        return cls(str(Address.parse(match[1])), match[2])

@@ -9,7 +9,6 @@ Does not know: models, codecs, what a frame says. Place on the path: the edge of
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -23,9 +22,10 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from kvlink.errors import AccessError, ConfigError
+from kvlink.errors import ConfigError
 from kvlink.recipe import Wish
 from kvlink.transport import convert
+from kvlink.transport.address import Address
 from kvlink.transport.api import Ask, Caller, Delivery, Fetch, ReceiverHandler, SenderHandler
 from kvlink.transport.calls import Guard, check_readers, reader, stream, unary
 from kvlink.transport.credentials import Credentials
@@ -48,33 +48,6 @@ _OPTIONS = [
     ("grpc.max_connection_age_ms", 1_800_000),  # a peer whose certificate has expired must come again
     ("grpc.http2.lookahead_bytes", 4_000_000),  # a window for a fast line with a long way
 ]
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `host:port` or `[v6]:port`. Raises ConfigError."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"expected an address as host:port, got {address!r}")
-    return host.strip("[]"), int(port)
-
-
-def is_loopback(address: str) -> bool:
-    host, _ = split_address(address)
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def check_open(address: str, insecure: bool, doing: str = "listen on") -> None:
-    """Raise AccessError for an address off loopback unless told `insecure` in so many words."""
-    if not insecure and not is_loopback(address):
-        raise AccessError(
-            f"refusing to {doing} {address} without encryption: a KV cache reveals the text it was made from; "
-            "give --credentials (see 'kvlink certs init'), or --insecure if the network is yours alone"
-        )
 
 
 def _wish(request: Any) -> Wish:
@@ -231,9 +204,9 @@ class Server:
         insecure: bool = False,
         credentials: Credentials | None = None,
     ) -> None:
+        self._at = Address.parse(address, listening=True)
         if credentials is None:
-            check_open(address, insecure)
-        self._address = address
+            self._at.check_open(insecure)
         self._credentials = credentials
         guard = Guard(credentials)
         self._server = grpc.aio.server(options=_OPTIONS)
@@ -255,21 +228,20 @@ class Server:
 
     async def start(self) -> int:
         """Listen and return the port. Raises ConfigError where the port is taken."""
-        host, _ = split_address(self._address)
         try:
             if self._credentials is None:
-                self.port = self._server.add_insecure_port(self._address)
+                self.port = self._server.add_insecure_port(str(self._at))
             else:
-                self.port = self._server.add_secure_port(self._address, self._credentials.server())
+                self.port = self._server.add_secure_port(str(self._at), self._credentials.server())
         except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {self._address}: is the port taken? ({error})") from error
+            raise ConfigError(f"cannot listen on {self._at}: is the port taken? ({error})") from error
         if self.port == 0:
-            raise ConfigError(f"cannot listen on {self._address}: is the port taken?")
+            raise ConfigError(f"cannot listen on {self._at}: is the port taken?")
         await self._server.start()
         for name in ("", *self._names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         how = "TLS, both sides prove who they are" if self._credentials else "not encrypted"
-        log.info("listening on %s:%d (%s; %s)", host, self.port, ", ".join(self._names), how)
+        log.info("listening on %s (%s; %s)", replace(self._at, port=self.port), ", ".join(self._names), how)
         return self.port
 
     async def stop(self, grace_s: float = 5.0) -> None:

@@ -11,25 +11,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from kvlink.errors import AccessError, ConfigError, PeerUnavailableError
 from kvlink.transport.client import ReceiverClient
 from kvlink.transport.handle import Handle
-from kvlink.transport.server import Server, is_loopback, split_address
+from kvlink.transport.server import Server
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "192.168.1.4:1", "[::]:1", "receiver:1"])
 def test_off_loopback_an_agent_refuses_to_start_unless_told(address):
     with pytest.raises(AccessError, match="--insecure"):
         Server(address)
-    assert not is_loopback(address)
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "[::1]:1", "127.8.9.1:1"])
-def test_loopback_is_loopback(address):
-    assert is_loopback(address)
-
-
-@pytest.mark.parametrize("address", ["", "host", "host:", ":", "host:port", "host:99999"])
-def test_addresses_are_checked(address):
-    with pytest.raises(ConfigError, match="host:port"):
-        split_address(address)
 
 
 async def test_a_taken_port_is_reported():
