@@ -75,6 +75,16 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(x.keys.nbytes + x.values.nbytes + x.positions.nbytes for x in self.layers)
 
+    def require_finite(self) -> None:
+        """Raise CodecError, naming layer and side, where a key or value is NaN or infinite.
+
+        One such number makes every answer nonsense.
+        """
+        for index, layer in enumerate(self.layers):
+            for side, tensor in (("keys", layer.keys), ("values", layer.values)):
+                if not bool(tensor.isfinite().all()):
+                    raise CodecError(f"layer {index} {side}: a number is not finite")
+
     def wipe(self) -> None:
         """Zero keys and values in place. Whoever shares these tensors loses them too."""
         with torch.inference_mode():

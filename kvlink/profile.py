@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kvlink.errors import CodecError, IdentityError, IntegrityError
 from kvlink.payload import Fingerprint
+from kvlink.recipe import STEP_CODES
 
 FORMAT = "kvlink-profile/1"
 MAX_BYTES = 512_000_000
@@ -106,7 +107,7 @@ class Profile:
                 f.name: bytes.fromhex(json.loads(told["fingerprint"])[f.name]) for f in fields(Fingerprint)
             }
             about = {str(k): str(v) for k, v in json.loads(told["about"]).items()}
-            quality = tuple((int(code), float(share)) for code, share in json.loads(told["quality"]))
+            quality = tuple(_step_quality(*pair) for pair in json.loads(told["quality"]))
             layers = int(told["layers"])
             tensors = safetensors.torch.load(data)
             if layers < 1 or len(tensors) != 6 * layers:
@@ -117,7 +118,9 @@ class Profile:
                 name: tuple(_side(tensors, f"{layer}.{name}") for layer in range(layers))
                 for name in ("keys", "values")
             }
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError
+        ) as error:  # fmt: skip
             raise CodecError(f"not a profile: {type(error).__name__}: {error}") from error
         sizes = {side.mean.shape for both in sides.values() for side in both}
         if len(sizes) != 1:
@@ -138,6 +141,17 @@ class Profile:
                 raise IdentityError(
                     f"the profile is another model's: {name} {mine.hex()[:12]}, the model's {theirs.hex()[:12]}"
                 )
+
+
+def _step_quality(code: Any, share: Any) -> tuple[int, float]:
+    """A step's code and its share of answers. Raises CodecError where one is none."""
+    if not isinstance(code, int) or not STEP_CODES[0] <= code <= STEP_CODES[1]:
+        raise CodecError(
+            f"profile: expected a step's code from {STEP_CODES[0]} to {STEP_CODES[1]}, found {code!r}"
+        )
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise CodecError(f"profile: expected a share of answers from 0 to 1, found {share!r}")
+    return code, float(share)
 
 
 def _metadata(data: bytes) -> dict[str, Any]:

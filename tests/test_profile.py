@@ -194,8 +194,17 @@ def _damaged(made: Profile) -> dict[str, bytes]:
         "a wrong shape": again({"0.keys.mean": tensors["0.keys.mean"][:-1].clone()}),
         "a wrong dtype": again({"0.keys.synthesis": tensors["0.keys.synthesis"].float()}),
         "a flat basis": again({"0.keys.synthesis": tensors["0.keys.synthesis"][0].clone()}),
+        **{f"a quality of {pair}": again({}, {"kvlink": _with(told["kvlink"], quality=f"[{pair}]")})
+           for pair in ("[1e400, 1]", "[-1e400, 1]", "[Infinity, 1]", "[NaN, 1]", "[1, NaN]", "[1, 1e400]", "[1, -0.1]",
+                        "[41, 1]", "[1, 1.5]", "[1.0, 1]", "[1]", "[1, 1, 1]", "[[1], 1]", "1")},
+        "layers of many digits": again({}, {"kvlink": _with(told["kvlink"], layers="9" * 5000)}),
+        "a list without end": again({}, {"kvlink": _with(told["kvlink"], about="[" * 100_000)}),
         "one more": again({"9.keys.mean": torch.zeros(3)}),
     }  # fmt: skip
+
+
+def _with(told: str, **fields: str) -> str:
+    return json.dumps({**json.loads(told), **fields}, sort_keys=True)
 
 
 def test_damaged_profiles_are_refused(made):

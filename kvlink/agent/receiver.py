@@ -143,6 +143,7 @@ class Intake:
                 "decode",
                 body.bytes_by_kind(),
             )
+        cache.require_finite()
         return Held(
             cache,
             Receipt(

@@ -27,7 +27,7 @@ from kvlink.compress.codec import decode, encode
 from kvlink.compress.lossless import pack_part
 from kvlink.compress.select import choose_positions, kept_count, needs, score
 from kvlink.compress.transform import Known
-from kvlink.errors import ContextError, LimitError, RecipeError
+from kvlink.errors import CodecError, ContextError, LimitError, ModelError, RecipeError
 from kvlink.model.calibrate import rotation, units
 from kvlink.model.generate import Answer, answer, divergence, logits_along
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
@@ -123,6 +123,7 @@ class Sender:
         ids = self.lm.context_ids(text, prompt)
         began = time.perf_counter()
         cache = prefill(self.lm, ids)
+        _require_finite(cache)
         return Context(text, ids, prompt, cache, time.perf_counter() - began)
 
     def cache_bytes(self, text: str, turns: Sequence[Turn] = ()) -> int:
@@ -428,6 +429,14 @@ def count_bytes(frame_bytes: Sequence[int], kinds: dict[str, int]) -> dict[str, 
         "framing": sum(frame_bytes[1:]) - sum(kinds.values()),
         "grpc": grpc_bytes(frame_bytes),
     }
+
+
+def _require_finite(cache: KVCache) -> None:
+    """A cache that every receiver would refuse is refused here. Raises ModelError."""
+    try:
+        cache.require_finite()
+    except CodecError as error:
+        raise ModelError(f"the model's own cache of this text cannot be used: {error}") from error
 
 
 def _least(selection: Selection) -> Selection:

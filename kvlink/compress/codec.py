@@ -19,7 +19,7 @@ from torch import Tensor
 from kvlink.cache import DTYPES, KVCache, LayerCache, full_positions
 from kvlink.compress import transform
 from kvlink.compress.lossless import from_planes, pack_part, split_planes, to_planes, unpack_part
-from kvlink.compress.quantize import dequantize, quantize
+from kvlink.compress.quantize import dequantize, narrowed, quantize
 from kvlink.compress.transform import Known
 from kvlink.errors import CodecError, RecipeError
 from kvlink.payload import (
@@ -227,7 +227,7 @@ def _decode_tensor(tensor: EncodedTensor, shape: CacheShape, kept: int, recipe: 
     left = _decode_matrix(tensor.parts[:middle], tensor, (1, kept, rank), left_q, torch.float32)
     right = _decode_matrix(tensor.parts[middle:], tensor, (1, rank, heads * size), right_q, torch.float32)
     product = left[0] @ right[0]
-    return product.reshape(kept, heads, size).transpose(0, 1).contiguous().to(dtype)
+    return narrowed(product.reshape(kept, heads, size).transpose(0, 1).contiguous(), dtype)
 
 
 def _factors(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -275,4 +275,4 @@ def _decode_matrix(
             data = from_planes(data, dtype.itemsize)
         return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
     scales, codes = unpack_part(parts[0]), unpack_part(parts[1])
-    return dequantize(scales, codes, tensor.scale_bytes, shape, quantizer).to(dtype)
+    return narrowed(dequantize(scales, codes, tensor.scale_bytes, shape, quantizer), dtype)

@@ -121,6 +121,15 @@ def dequantize(
     return out if quantizer.axis == "token" else out.transpose(1, 2).contiguous()
 
 
+def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in the cache's dtype. What rounding has put just beyond its range is its largest number;
+    what is far beyond becomes infinite, and is refused with the cache."""
+    largest = torch.finfo(dtype).max
+    if bool((tensor.abs() <= largest * (1 + 1 / 64)).all()):
+        tensor = tensor.clamp(-largest, largest)
+    return tensor.to(dtype)
+
+
 def _wide(lines: Tensor, scale_bytes: int) -> Tensor:
     """float64 where scales are float32: differences of huge numbers would leave float32."""
     return lines.double() if scale_bytes == 4 else lines

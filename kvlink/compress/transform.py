@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kvlink.compress import rans
+from kvlink.compress.quantize import narrowed
 from kvlink.errors import CodecError, RecipeError
 from kvlink.payload import EncodedTensor, Part
 from kvlink.profile import Profile, Side, octave_codes
@@ -99,7 +100,7 @@ def decode_side(
     plain = rows.transpose(0, 1).reshape(kept, heads, size).transpose(0, 1)
     if tensor.side == "keys":
         plain = rotated(plain, positions, known.rotation[tensor.layer])
-    return plain.to(dtype).contiguous()
+    return narrowed(plain, dtype).contiguous()
 
 
 def rotated(tensor: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

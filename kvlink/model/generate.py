@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvlink.cache import KVCache
-from kvlink.errors import ContextError
+from kvlink.errors import ContextError, DataError
 from kvlink.model.detokenize import AnswerText
 from kvlink.model.loading import LanguageModel
 from kvlink.model.restore import view
@@ -135,9 +135,15 @@ def next_logits(
 
 
 def _pick(logits: Tensor, temperature: float, sampler: torch.Generator) -> int:
+    """The next token. Raises DataError where the numbers of a cache have overflowed in the model."""
+    top = logits.max()
+    if not bool(top.isfinite()):
+        raise DataError("the model's logits are not finite: it cannot use the numbers that its cache holds")
     if temperature == 0:
         return int(logits.argmax())
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=sampler))
+    # From the top down, so that no temperature is too small: the others' share goes to 0.
+    chances = ((logits.double() - top) / temperature).softmax(-1)
+    return int(torch.multinomial(chances, 1, generator=sampler))
 
 
 def _stop_ids(lm: LanguageModel) -> frozenset[int]:
