@@ -5,14 +5,13 @@ Does not know: how anything was measured. Place on the path: the face of the com
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from kvlink.quoting import shown
 from kvlink.receipt import BYTE_KINDS, STAGES, Receipt
+from kvlink.terminal import Side, say, say_table
 
 
 def receipt_dict(receipt: Receipt) -> dict[str, Any]:
@@ -31,33 +30,23 @@ def receipt_dict(receipt: Receipt) -> dict[str, Any]:
     }
 
 
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def print_receipt(console: Console, receipt: Receipt) -> None:
+def say_receipt(receipt: Receipt) -> None:
     """Seconds by stage and bytes by kind, side by side."""
-    table = Table(title="receipt", title_justify="left", show_edge=False, pad_edge=False)
-    for name, justify in (("stage", "left"), ("ms", "right"), ("bytes", "left"), ("count", "right")):
-        table.add_column(name, justify="right" if justify == "right" else "left")
     stages = [(n, f"{receipt.stage_s[n] * 1e3:,.1f}") for n in STAGES if n in receipt.stage_s]
     kinds = [(n, f"{receipt.bytes[n]:,}") for n in BYTE_KINDS if n in receipt.bytes]
     kinds.append(("all", f"{receipt.wire_bytes:,}"))
     if receipt.socket_bytes:
         kinds.append(("socket's own count", f"{receipt.socket_bytes:,}"))
-    for index in range(max(len(stages), len(kinds))):
-        left = stages[index] if index < len(stages) else ("", "")
-        right = kinds[index] if index < len(kinds) else ("", "")
-        table.add_row(*left, *right)
-    console.print(table)
+    columns: list[tuple[str, Side]] = [
+        ("stage", "left"), ("ms", "right"), ("bytes", "left"), ("count", "right")
+    ]  # fmt: skip
+    say_table("receipt", columns, ((*a, *b) for a, b in zip_longest(stages, kinds, fillvalue=("", ""))))
     kept = f"{receipt.kept_tokens} of {receipt.context_tokens} tokens" if receipt.kept_tokens else "text"
-    console.print(
-        f"{kept}, {receipt.bits_per_element:.2f} bits per element, recipe {receipt.recipe}", highlight=False
-    )
-    print_certificate(console, receipt)
+    say(f"{kept}, {receipt.bits_per_element:.2f} bits per element, recipe {shown(receipt.recipe)}")
+    say_certificate(receipt)
 
 
-def print_certificate(console: Console, receipt: Receipt) -> None:
+def say_certificate(receipt: Receipt) -> None:
     """What the sender found when it checked its message, where it was asked to."""
     found = receipt.certificate
     if found is None:
@@ -65,57 +54,52 @@ def print_certificate(console: Console, receipt: Receipt) -> None:
     finer = f", made finer {found.escalations} times" if found.escalations else ""
     prefill_s = receipt.stage_s.get("prefill", 0.0)
     share = f", {found.seconds / prefill_s:.0%} of the prefill" if prefill_s else ""
-    console.print(
+    say(
         f"certificate: {found.agreeing_tokens} of {found.tokens} tokens of the sender's own answer, "
         f"KL {found.kl_mean:.1e}, largest logit error {found.logit_error:.2g}{finer}; "
-        f"{1e3 * found.seconds:.1f} ms{share}",
-        highlight=False,
+        f"{1e3 * found.seconds:.1f} ms{share}"
     )
 
 
-def print_demo(console: Console, report: dict[str, Any]) -> None:
+def say_demo(report: dict[str, Any]) -> None:
     """The demo's table, examples and verdict."""
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("recipe", no_wrap=True)
-    for name in ("F1", "F1 full", "agreement", "bytes", "bits/element", "TTFT ms"):
-        table.add_column(name, justify="right")
-    for row in report["rows"]:
-        table.add_row(
-            row["recipe"],
-            f"{row['f1']:.3f}",
-            f"{row['f1_full']:.3f}",
-            f"{row['agreement']:.0%}",
-            f"{row['wire_bytes']:,.0f}",
-            f"{row['bits_per_element']:.2f}",
-            f"{row['ttft_s'] * 1e3:.0f}",
-        )
     rows = report["rows"]
-    console.print(
-        f"{report['model']}: n = {rows[0]['n']} questions, {rows[0]['context_tokens']:.0f} context tokens on average, "
-        f"seed {report['seed']}; two processes on loopback",
-        highlight=False,
+    say(
+        f"{shown(report['model'])}: n = {rows[0]['n']} questions, "
+        f"{rows[0]['context_tokens']:.0f} context tokens on average, seed {report['seed']}; two processes on loopback"
     )
-    console.print(table)
-    for source, figures in report["by_source"].items():
-        shown = " · ".join(f"{name} {figures[name]:.3f}" for name in figures if name != "n")
-        console.print(f"F1 on {source} (n = {figures['n']}): {shown}", highlight=False)
+    figures: list[tuple[str, Side]] = [
+        (name, "right") for name in ("F1", "F1 full", "agreement", "bytes", "bits/element", "TTFT ms")
+    ]
+    say_table("", [("recipe", "left"), *figures], map(_demo_row, rows), whole=("recipe",))
+    for source, found in report["by_source"].items():
+        by_recipe = " · ".join(f"{name} {found[name]:.3f}" for name in found if name != "n")
+        say(f"F1 on {shown(source)} (n = {found['n']}): {by_recipe}")
     for example in report["examples"]:
-        console.print(f"\nQ {example['question']}", markup=False, highlight=False)
-        console.print(
-            f"  gold {example['gold']!r}, the sender itself {example['own_answer']!r}",
-            markup=False,
-            highlight=False,
-        )
-        told = ", ".join(f"{recipe}: {answer!r}" for recipe, answer in example["answers"].items())
-        console.print(f"  {told}", markup=False, highlight=False)
+        say("")
+        say(f"Q {example['question']}")
+        say(f"  gold {shown(example['gold'])!r}, the sender itself {shown(example['own_answer'])!r}")
+        say("  " + ", ".join(f"{recipe}: {shown(told)!r}" for recipe, told in example["answers"].items()))
     if rows[0]["f1_full"] < 0.2:
-        console.print(
-            f"\nThe sender itself scores F1 {rows[0]['f1_full']:.3f} here: this model does not know how to read such "
-            "text, so F1 says little; agreement says what the transfer kept.",
-            highlight=False,
+        say("")
+        say(
+            f"The sender itself scores F1 {rows[0]['f1_full']:.3f} here: this model does not know how to read such "
+            "text, so F1 says little; agreement says what the transfer kept."
         )
     for failure in report["failures"]:
-        console.print(f"[bold red]failed[/] {failure}", highlight=False)
+        say(f"failed {failure}")
+
+
+def _demo_row(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["recipe"],
+        f"{row['f1']:.3f}",
+        f"{row['f1_full']:.3f}",
+        f"{row['agreement']:.0%}",
+        f"{row['wire_bytes']:,.0f}",
+        f"{row['bits_per_element']:.2f}",
+        f"{row['ttft_s'] * 1e3:.0f}",
+    )
 
 
 _SHARE = "{:.0%}"
@@ -168,15 +152,16 @@ _ANSWERS = (
     "energy_values", "wire_bytes", "bits_per_element",
 )  # fmt: skip
 _PIVOTED = ("selection", "methods")
+_PIVOT = ("selection", "scope", "method", "question")
+_TEXTS = ("mode", "recipe", "question_shift", "side", "differs")
 
 
-def print_eval(console: Console, report: dict[str, Any]) -> None:
+def say_eval(report: dict[str, Any]) -> None:
     """The tables of an evaluation, one after another, and what the run says of itself."""
     for run in report["runs"]:
-        console.print(
-            f"{run['model']} on {run['data']}: n = {run['n']}, seed {run['seed']}, "
-            f"{run['context_tokens']:.0f} context tokens on average{_full(run)}",
-            highlight=False,
+        say(
+            f"{shown(run['model'])} on {shown(run['data'])}: n = {run['n']}, seed {run['seed']}, "
+            f"{run['context_tokens']:.0f} context tokens on average{_full(run)}"
         )
     several = (
         len({(row["model"], row["data"], row.get("variant")) for row in report["rows"] if row["f1"]}) > 1
@@ -190,49 +175,44 @@ def print_eval(console: Console, report: dict[str, Any]) -> None:
     for title, rows in groups.items():
         name = title.split(" · ")[0]
         if name not in _PIVOTED:
-            console.print(_flat(title, rows, _SHOWN.get(name, _ANSWERS)))
+            _say_flat(title, rows, _SHOWN.get(name, _ANSWERS))
             continue
-        console.print(_pivot(title, rows))
+        _say_pivot(title, rows)
         seen = {row["selection"]: row["sees"] for row in rows}
-        console.print("sees: " + "; ".join(f"{n}: {what}" for n, what in seen.items()), highlight=False)
+        say("sees: " + "; ".join(f"{n}: {what}" for n, what in seen.items()))
     for note in report["notes"]:
-        console.print(note, highlight=False, markup=False)
+        say(note)
 
 
-def _flat(title: str, rows: list[dict[str, Any]], names: tuple[str, ...]) -> Table:
+def _say_flat(title: str, rows: list[dict[str, Any]], names: tuple[str, ...]) -> None:
     """A row of the table for each row; columns that no row has are left out."""
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     rows = [{**row, "interval": _interval(row)} for row in rows]
-    shown = [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
-    if len({row.get("question_shift") for row in rows}) == 1 and "question_shift" in shown:
-        shown.remove("question_shift")
-    for name in shown:
-        text = name in ("mode", "recipe", "question_shift", "side", "differs")
-        table.add_column(_COLUMNS[name][0], justify="left" if text else "right", no_wrap=name == "recipe")
-    for row in rows:
-        values = (row.get(name) for name in shown)
-        table.add_row(
-            *("" if v is None else _COLUMNS[n][1].format(v) for n, v in zip(shown, values, strict=True))
-        )
-    return table
+    found = [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
+    if len({row.get("question_shift") for row in rows}) == 1 and "question_shift" in found:
+        found.remove("question_shift")
+    columns: list[tuple[str, Side]] = [
+        (_COLUMNS[name][0], "left" if name in _TEXTS else "right") for name in found
+    ]
+    cells = ([_cell(name, row.get(name)) for name in found] for row in rows)
+    say_table(title, columns, cells, whole=("recipe",))
 
 
-def _pivot(title: str, rows: list[dict[str, Any]]) -> Table:
+def _cell(name: str, value: Any) -> str:
+    return "" if value is None else _COLUMNS[name][1].format(value)
+
+
+def _say_pivot(title: str, rows: list[dict[str, Any]]) -> None:
     """F1 by retention, and in brackets its share of full: a line for each method, scope and shift."""
     amounts = list(dict.fromkeys(row["retention"] for row in rows))
-    table = Table(title=f"{title}: F1 (of full)", title_justify="left", show_edge=False, pad_edge=False)
-    for name in ("selection", "scope", "method", "question"):
-        table.add_column(name, no_wrap=True)
-    for amount in amounts:
-        table.add_column(f"{amount:.0%}", justify="right")
+    columns: list[tuple[str, Side]] = [(name, "left") for name in _PIVOT]
+    columns += [(f"{amount:.0%}", "right") for amount in amounts]
     lines: dict[tuple[str, ...], dict[float, str]] = {}
     for row in rows:
         key = tuple(row[n] for n in ("selection", "scope", "method", "question_shift"))
         share = f" ({row['share_of_full']:.0%})" if row["share_of_full"] is not None else ""
         lines.setdefault(key, {})[row["retention"]] = f"{row['f1']:.3f}{share}"
-    for key, cells in lines.items():
-        table.add_row(*key, *(cells.get(amount, "") for amount in amounts))
-    return table
+    found = ([*key, *(cells.get(amount, "") for amount in amounts)] for key, cells in lines.items())
+    say_table(f"{title}: F1 (of full)", columns, found, whole=_PIVOT)
 
 
 def _full(run: dict[str, Any]) -> str:

@@ -21,10 +21,12 @@ LEVELS = {
     "compress": 1, "wire": 1,
     "model": 2, "transport": 2, "plan": 2,
     "agent": 3,
-    "__init__": 4, "__main__": 4, "cli": 4, "show": 4, "page": 4, "eval": 4,
+    "__init__": 4, "__main__": 4, "cli": 4, "show": 4, "page": 4, "terminal": 4, "eval": 4,
 }  # fmt: skip
 SAME_LEVEL = {
     ("cli", "show"),
+    ("cli", "terminal"),
+    ("show", "terminal"),
     ("cli", "eval"),
     ("cli", "page"),
     ("__main__", "cli"),
@@ -51,6 +53,7 @@ FORBIDDEN = {
     "agent": {"grpc", "google", "kvlink.v1"},
     "eval": {"grpc", "google", "kvlink.v1"},
     "cli": {"grpc", "google", "kvlink.v1"},
+    "terminal": {"torch", "grpc", "google", "kvlink.v1", "asyncio"},
     "show": {"torch", "grpc", "google", "kvlink.v1"},
     "page": {"torch", "transformers", "grpc", "google", "kvlink.v1", "kvlink.model", "kvlink.agent"},
 }  # fmt: skip

@@ -13,16 +13,16 @@ Does not know: how anything is done. Place on the path: outside it; imports lazi
 from __future__ import annotations
 
 import os
-import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvlink import errors
 from kvlink._release import RELEASE
 from kvlink.cli import agents, asking, bench, certificates, evaluating, files, models, profiles
+from kvlink.terminal import note, say
 
 _HELP = """One agent hands over what it has read: selected, compressed KV caches over gRPC.
 
@@ -32,6 +32,9 @@ with --config (a table per command).
 Exit codes: 0 done, 1 a check failed, 2 bad input, 3 model or identity, 4 link or peer, 5 damaged or
 unexpected data, 6 a limit, an unknown id, or not allowed.
 """
+
+_UsageError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+"""Of click, or of typer's own copy of it, whichever this release of typer has."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP)
 for command in (
@@ -74,7 +77,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the release and stop.")] = False,
 ) -> None:
     if version:
-        print(f"kvlink {RELEASE}")
+        say(f"kvlink {RELEASE}")
         raise typer.Exit
     if config is not None:
         try:
@@ -92,14 +95,19 @@ def main() -> None:
     """Run the command; errors of the package become a line on standard error and an exit code."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it notes on standard error we say ourselves
     try:
-        app(auto_envvar_prefix="KVLINK")
+        ended = app(auto_envvar_prefix="KVLINK", standalone_mode=False)
     except errors.KvlinkError as error:
-        print(f"kvlink: {type(error).__name__}: {error}", file=sys.stderr)
+        note(f"kvlink: {type(error).__name__}: {error}")
         raise SystemExit(exit_code(error)) from None
+    except _UsageError as error:
+        if type(error).__name__ != "NoArgsIsHelpError":  # that has said its part
+            note(f"kvlink: {error.format_message()} ('kvlink --help', 'kvlink COMMAND --help')")
+        raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(0) from None
+    raise SystemExit(ended if isinstance(ended, int) else 0)
 
 
 def exit_code(error: errors.KvlinkError) -> int:

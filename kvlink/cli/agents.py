@@ -36,6 +36,8 @@ from kvlink.cli.common import (
     set_up_log,
 )
 from kvlink.observe import Observer
+from kvlink.quoting import shown
+from kvlink.terminal import say, say_json
 
 
 def receiver(
@@ -187,7 +189,7 @@ def _serve(
 
     def started(port: int) -> None:
         how = f", as {proof.name!r} over TLS" if proof else ""
-        print(f"kvlink {kind} with {model} listens on {replace(at, port=port)}{how}", flush=True)
+        say(f"kvlink {kind} with {shown(model)} listens on {replace(at, port=port)}{how}")
 
     async def serve() -> None:
         service = make(observer)
@@ -207,7 +209,6 @@ def health(
     as_json: Json = False,
 ) -> None:
     """Ask an agent whether it serves, and what it is."""
-    from kvlink.show import print_json
     from kvlink.transport.client import ReceiverClient, SenderClient
 
     proof = credentials(creds, insecure)
@@ -234,10 +235,12 @@ def health(
 
     told = run(work())
     if as_json:
-        print_json(told)
+        say_json(told)
     else:
-        print(
-            f"{told['agent']} at {address}: {told['status']}, {told['model']} ({told['dtype']}), kvlink {told['release']}"
+        found = {name: shown(value) for name, value in told.items()}
+        say(
+            f"{found['agent']} at {found['address']}: {found['status']}, {found['model']} ({found['dtype']}), "
+            f"kvlink {found['release']}"
         )
     if told["status"] != "SERVING":
         raise typer.Exit(1)

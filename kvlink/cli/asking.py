@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from kvlink import errors
 from kvlink.cli.common import (
@@ -33,14 +33,13 @@ from kvlink.cli.common import (
     Timeout,
     Verify,
     checked_recipe,
-    console,
     credentials,
-    progress_bar,
     read_context,
     run,
     wish,
 )
 from kvlink.files import Output
+from kvlink.terminal import progress, say, say_json, say_text
 
 
 def demo(
@@ -56,23 +55,23 @@ def demo(
     """Start two agents on loopback, ask questions by each recipe, print what it cost and kept."""
     from kvlink.eval.demo import choose_items, run_demo
     from kvlink.recipe import PRESETS, Recipe
-    from kvlink.show import print_demo, print_json
+    from kvlink.show import say_demo
 
     recipes = recipe or list(PRESETS)
     for text in recipes:
         Recipe.parse(text)
     page_file = report_file(report, reads=(data.partition(":")[2] or data,))
     items = choose_items(data, n, seed, prose)
-    with progress_bar(TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+    with progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("asking", total=len(items) * len(recipes))
         found = run(run_demo(items, model, seed=seed, recipes=recipes, on_step=lambda: bar.advance(task)))
     if page_file is not None:
         write_story(page_file, found.story)
     told = found.to_dict()
     if as_json:
-        print_json(told)
+        say_json(told)
     else:
-        print_demo(console(), told)
+        say_demo(told)
     if told["failures"]:
         raise typer.Exit(1)
 
@@ -144,30 +143,28 @@ async def _ask(
     as_json: bool,
     report: Output | None,
 ) -> None:
-    from kvlink.show import print_json, print_receipt, receipt_dict
+    from kvlink.show import receipt_dict, say_receipt
     from kvlink.transport.api import Ask
     from kvlink.transport.client import ReceiverClient, SenderClient
 
-    screen, done, text = console(), None, ""
+    done, last, text = None, None, ""
     async with SenderClient(sender_at, **link) as source, ReceiverClient(delivery.receiver, **link) as target:
-        with progress_bar(
-            TextColumn("delivering"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-        ) as bar:
+        with progress(BarColumn(), DownloadColumn(), TimeRemainingColumn()) as bar:
             task = bar.add_task("delivering", total=None)
-            async for progress in source.deliver(delivery):
-                bar.update(task, completed=progress.sent_bytes, total=progress.total_bytes)
-                done = progress
+            async for step in source.deliver(delivery):
+                bar.update(task, completed=step.sent_bytes, total=step.total_bytes)
+                done = step
         if done is None or not done.done:
             raise errors.PeerUnavailableError(f"{sender_at}: the delivery ended without a result")
         async for piece in target.generate(Ask(done.cache_id, delivery.question, max_new_tokens)):
             if not as_json:
-                screen.print(
-                    piece.text if text else piece.text.lstrip(), end="", markup=False, highlight=False
-                )
+                say_text(piece.text if text else piece.text.lstrip(), end="")
             text += piece.text
             last = piece
         reader = await target.capabilities()
         await target.delete_cache(done.cache_id)
+    if last is None:
+        raise errors.PeerUnavailableError(f"{delivery.receiver}: the answer ended before it began")
     receipt = done.receipt.with_stages(**last.receipt.stage_s)
     if report is not None:
         story = {
@@ -185,21 +182,23 @@ async def _ask(
             "agrees": text.strip() == done.sender_answer,
             "ttft_s": sum(s for name, s in receipt.stage_s.items() if name not in ("prefill", "generate")),
         }
-        print_json({**told, **receipt_dict(receipt)})
+        say_json({**told, **receipt_dict(receipt)})
         return
-    screen.print(f"\nthe sender itself: {done.sender_answer}\n", markup=False, highlight=False)
-    print_receipt(screen, receipt)
+    say("")
+    say(f"the sender itself: {done.sender_answer}")
+    say("")
+    say_receipt(receipt)
     if receipt.kept_tokens and delivery.text:
-        _say_break_even(screen, receipt, len(delivery.text.encode()), reader.prefill_tokens_per_s)
+        _say_break_even(receipt, len(delivery.text.encode()), reader.prefill_tokens_per_s)
 
 
-def _say_break_even(screen: Any, receipt: Any, text_bytes: int, tokens_per_s: float) -> None:
+def _say_break_even(receipt: Any, text_bytes: int, tokens_per_s: float) -> None:
     """Whether the text would have been the better choice, and on which links."""
     from kvlink.plan import break_even
 
-    read_s, where = receipt.stage_s["prefill"], "as at the sender"
+    read_s, where = receipt.stage_s.get("prefill", 0.0), "as at the sender"
     if tokens_per_s:
         read_s, where = receipt.context_tokens / tokens_per_s, "as measured at the receiver"
-    told = break_even(receipt.wire_bytes, text_bytes, read_s, receipt.stage_s["decode"])
+    told = break_even(receipt.wire_bytes, text_bytes, read_s, receipt.stage_s.get("decode", 0.0))
     faster = "on no link" if told.rate_bps is None else f"above {told.rate_bps / 1e6:,.1f} Mbit/s"
-    screen.print(f"the cache beats the text {faster}: {told.reason} (reading {where})", highlight=False)
+    say(f"the cache beats the text {faster}: {told.reason} (reading {where})")

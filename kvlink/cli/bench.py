@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TimeRemainingColumn
 
-from kvlink.cli.common import Json, Model, progress_bar, quiet, run
+from kvlink.cli.common import Json, Model, quiet, run
+from kvlink.terminal import progress, say, say_json
 
 app = typer.Typer(no_args_is_help=True, help="Agents under load.")
 
@@ -33,15 +34,14 @@ def load(
     Exit code 1 where an answer was lost or mixed up.
     """
     from kvlink.eval.load import cores, run_load
-    from kvlink.show import print_json
 
     quiet()
-    with progress_bar(TextColumn("load"), BarColumn(), TimeRemainingColumn()) as bar:
+    with progress(BarColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("load", total=60 * minutes)
         found = run(run_load(minutes, agents, model, seed, on_second=lambda: bar.advance(task)))
     told: dict[str, Any] = {"model": model, "seed": seed, "cores": cores(), **found.to_dict()}
     if as_json:
-        print_json(told)
+        say_json(told)
     else:
         _say(told)
     if told["answers_lost"] or told["answers_mixed"]:
@@ -50,18 +50,18 @@ def load(
 
 def _say(told: dict[str, Any]) -> None:
     few, many = told["answers_of_an_agent"]
-    print(
+    say(
         f"{told['agents']} agents, {told['minutes']:g} min, {told['model']}, seed {told['seed']}, "
         f"{told['cores']} cores: {told['answers']} answers"
     )
-    print(
+    say(
         f"lost {told['answers_lost']}, mixed up {told['answers_mixed']}, of no context {told['answers_other']}, "
         f"told to come again {told['busy']}"
     )
     for name, what in (("push_ms", "push"), ("first_token_ms", "first token"), ("total_ms", "whole answer")):
-        print(f"{what:12} " + ", ".join(f"{share} {ms:,.0f} ms" for share, ms in told[name].items()))
-    print(f"answers of an agent: {few} to {many}")
+        say(f"{what:12} " + ", ".join(f"{share} {ms:,.0f} ms" for share, ms in told[name].items()))
+    say(f"answers of an agent: {few} to {many}")
     before, after = told["rss_before_bytes"] / 1e6, told["rss_after_bytes"] / 1e6
-    print(f"receiver's memory: {before:,.0f} MB after warm-up, {after:,.0f} MB at the end")
+    say(f"receiver's memory: {before:,.0f} MB after warm-up, {after:,.0f} MB at the end")
     for error in told["errors"]:
-        print(error)
+        say(error)

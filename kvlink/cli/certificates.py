@@ -12,6 +12,7 @@ import typer
 
 from kvlink import errors
 from kvlink.cli.common import RECEIVER, SENDER, Json
+from kvlink.terminal import say, say_json
 
 app = typer.Typer(no_args_is_help=True, help="Certificates and tokens for agents and their clients.")
 
@@ -62,7 +63,7 @@ def renew(network: Network, days: Days = 7.0) -> None:
     from kvlink.transport import certs
 
     for name, until in certs.renew(network, days):
-        print(f"{name}: valid until {until:%Y-%m-%d %H:%M} UTC")
+        say(f"{name}: valid until {until:%Y-%m-%d %H:%M} UTC")
 
 
 @app.command()
@@ -71,19 +72,18 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Say who a folder makes one, until when, whom it dials and who may call it. Shows no secret."""
-    from kvlink.show import print_json
     from kvlink.transport.credentials import Credentials
 
     told = Credentials(folder).describe()
     if as_json:
-        print_json(told)
+        say_json(told)
         return
     state = "expired at" if told["expired"] else "valid until"
-    print(f"{told['name']}: {state} {told['valid_until']}")
+    say(f"{told['name']}: {state} {told['valid_until']}")
     for address, name in told["dials"].items():
-        print(f"dials  {address} as {name}")
+        say(f"dials  {address} as {name}")
     for name, rights in told["lets_in"].items():
-        print(f"admits {name}: {', '.join(rights)}")
+        say(f"admits {name}: {', '.join(rights)}")
 
 
 def _members(sender: list[str] | None, receiver: list[str] | None, client: list[str] | None) -> list[Any]:
@@ -101,4 +101,4 @@ def _members(sender: list[str] | None, receiver: list[str] | None, client: list[
 
 def _tell(folders: list[Path]) -> None:
     for folder in folders:
-        print(f"{folder}: give it to {folder.name}, and to nobody else")
+        say(f"{folder}: give it to {folder.name}, and to nobody else")

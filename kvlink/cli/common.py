@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from kvlink import errors
 
@@ -66,18 +64,6 @@ TraceTo = Annotated[str, typer.Option("--trace-to", help="URL that takes spans: 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
-
-
-def console() -> Console:
-    """Standard output; wide where it is no terminal, so that tables in files keep their columns."""
-    plain = Console(soft_wrap=True)
-    return plain if plain.is_terminal else Console(soft_wrap=True, width=170)
-
-
-def progress_bar(*columns: Any) -> Progress:
-    """A bar on standard error; nothing where that is no terminal."""
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def read_context(path: str) -> str:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from kvlink import errors
-from kvlink.cli.common import Attn, Device, Dtype, Json, console, progress_bar, quiet
+from kvlink.cli.common import Attn, Device, Dtype, Json, quiet
 from kvlink.files import Output, OutputFolder
+from kvlink.quoting import shown
+from kvlink.terminal import progress, say, say_json
 
 _TABLES = (
     "selection, quantization, combined, low-rank, spectrum, transfer, methods, masking, rate, overhead, "
@@ -63,7 +65,7 @@ def evaluate(
     """
     from kvlink.eval import study
     from kvlink.eval.run import Settings
-    from kvlink.show import print_eval, print_json
+    from kvlink.show import say_eval
 
     folder = OutputFolder(out)
     quiet()
@@ -74,23 +76,20 @@ def evaluate(
     if record:
         report = study.from_records(asked, record)
     else:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with progress_bar(*columns) as bar:
+        with progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
             report = study.evaluate(asked, runs, out, _Bar(bar), fresh=fresh)
     if not report.rows:
         raise errors.ContextError(f"the table {table} has no rows: nothing of it could be measured here")
     written, told = study.write_files(report, folder), report.to_dict()
     page = _write_page(told, folder.file(f"{table}.html"))
     if as_json:
-        print_json(told)
+        say_json(told)
         return
-    print_eval(console(), told)
+    say_eval(told)
     names = ", ".join(str(file) for file in (*written, *([page] if page else ())))
-    console().print(f"written: {names}", highlight=False, markup=False)
+    say(f"written: {names}")
     if page is None:
-        console().print(
-            "no page: it needs the extra, pip install 'kvlink[report]'", highlight=False, markup=False
-        )
+        say("no page: it needs the extra, pip install 'kvlink[report]'")
 
 
 class _Bar:
@@ -103,7 +102,7 @@ class _Bar:
     def start(self, title: str, total: int, done: int) -> None:
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(title, total=total, completed=done)
+        self._task = self._bar.add_task(shown(title), total=total, completed=done)
 
     def step(self) -> None:
         self._bar.advance(self._task)

