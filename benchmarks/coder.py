@@ -18,8 +18,8 @@ import torch
 import zstandard
 
 from kvlink.agent.sender import Sender
-from kvlink.compress import rans
-from kvlink.compress.transform import unrotated
+from kvlink.compress.codecs import rans
+from kvlink.compress.codecs.transform import unrotated
 from kvlink.eval.questions import generated
 from kvlink.model.calibrate import rotation
 from kvlink.profile import Profile

@@ -29,5 +29,4 @@ class Bound:
 
 TEXT = Bound(16_000_000, "bytes", "context, question, earlier turns: where the model's window allows more")
 RECIPE = Bound(8_192, "characters", "a recipe as text")
-RECIPE_JSON = Bound(65_536, "characters", "a recipe as JSON")
 LAYERS = Bound(4_096, "entries", "layers of a cache, layers with quantizers of their own, whole layers")

@@ -8,12 +8,12 @@ A segment is one selection map and the coded tensors of all layers for the posit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from kvlink.errors import ContextError, IdentityError
-from kvlink.recipe import Mode, Quantizer, Recipe
 
+Mode = Literal["kv", "text"]
 PartKind = Literal["map", "scales", "codes", "text"]
 PART_KINDS: tuple[PartKind, ...] = ("map", "scales", "codes", "text")
 
@@ -120,6 +120,10 @@ class CacheShape:
     whole_layers: tuple[tuple[int, int], ...] = ()
     """(layer, held tokens) of layers with a sliding window; the held tokens are the last ones."""
 
+    def held_tokens(self, layer: int, kept: int) -> int:
+        """Positions of a layer that travel where the others keep `kept`."""
+        return dict(self.whole_layers).get(layer, kept)
+
     @property
     def element_bytes(self) -> int:
         return 4 if self.dtype == "float32" else 2
@@ -156,58 +160,3 @@ class EncodedSegment:
         for part in [*parts, *(part for tensor in self.tensors for part in tensor.parts)]:
             total[part.kind] += part.coded_bytes
         return total
-
-
-def quantized_sizes(
-    quantizer: Quantizer, shape: tuple[int, int, int], element_bytes: int, scale_bytes: int
-) -> list[tuple[PartKind, int]]:
-    """Kinds and plain bytes of the parts that a quantizer makes of a `[H, N, D]` tensor."""
-    heads, rows, columns = shape
-    count = heads * rows * columns
-    if quantizer.bits == 16 and quantizer.lossless and quantizer.axis == "channel":
-        return [("codes", count)] * element_bytes  # each plane has statistics, and so a part, of its own
-    if quantizer.bits == 16:
-        return [("codes", count * element_bytes)]
-    lines, length = (rows, columns) if quantizer.axis == "token" else (columns, rows)
-    groups = heads * lines * -(-length // quantizer.group)
-    scales = groups * scale_bytes * (1 if quantizer.symmetric else 2)
-    return [("scales", scales), ("codes", -(-count // 8) * quantizer.bits)]
-
-
-def held_tokens(recipe: Recipe, shape: CacheShape, layer: int, kept: int) -> int:
-    """Positions of a layer that travel, where the selection keeps `kept`."""
-    whole = dict(shape.whole_layers)
-    return whole.get(layer, shape.tokens if recipe.rest is not None else kept)
-
-
-def plain_sizes(
-    recipe: Recipe,
-    shape: CacheShape,
-    layer: int,
-    side: Literal["keys", "values"],
-    kept: int,
-    scale_bytes: int,
-) -> list[tuple[PartKind, int]]:
-    """Kinds and plain bytes of the parts of one coded tensor, in their order on the wire.
-
-    Known to both ends before a byte is taken: coded parts are never larger than plain ones.
-    """
-    heads, size = shape.kv_heads, shape.head_size
-    if recipe.transform is not None:
-        codes: list[tuple[PartKind, int]] = [("codes", 4 * kept * heads * size)]
-        # A message without a profile brings mean, step and spread of every channel.
-        return codes if recipe.basis != "own" else [("scales", heads * size * (scale_bytes + 2)), *codes]
-    quantizer = recipe.quantizers(layer)[side == "values"]
-    rank = min(recipe.rank, kept, heads * size)
-    if not rank:
-        return quantized_sizes(quantizer, (heads, kept, size), shape.element_bytes, scale_bytes)
-    left, right = factor_quantizers(quantizer)
-    return [
-        *quantized_sizes(left, (1, kept, rank), 4, scale_bytes),
-        *quantized_sizes(right, (1, rank, heads * size), 4, scale_bytes),
-    ]
-
-
-def factor_quantizers(quantizer: Quantizer) -> tuple[Quantizer, Quantizer]:
-    """Quantizers of the factors `[K, R]` and `[R, Hkv·D]`: both share scales within a rank."""
-    return replace(quantizer, axis="channel"), replace(quantizer, axis="token")

@@ -24,9 +24,9 @@ from blake3 import blake3
 from safetensors import SafetensorError
 from torch import Tensor
 
+from kvlink.codecs import STEP_CODES
 from kvlink.errors import CodecError, IdentityError, IntegrityError
 from kvlink.payload import Fingerprint
-from kvlink.recipe import STEP_CODES
 
 FORMAT = "kvlink-profile/1"
 MAX_BYTES = 512_000_000

@@ -1,7 +1,7 @@
 """Recipes: the full description of how a context cache is reduced before it travels.
 
-A recipe is a frozen value with three forms that round-trip: a short text (`parse`, `str`),
-JSON (`to_json`, `from_json`) and, in `wire`, protobuf.
+A recipe is a frozen value with two forms that round-trip: a short text (`parse`, `str`) and, in
+`wire`, protobuf.
 
     text                              send the text, not the cache
     raw                               the cache as it is, all positions
@@ -22,27 +22,26 @@ Does not know: tensors, models, the wire. Place on the path: ground floor; every
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from kvlink import bounds
+from kvlink.codecs import BARE, Codec, Quantized, Transform, codec_from
+from kvlink.codecs import OPTIONS as CODEC_OPTIONS
+from kvlink.codecs.base import require_between, require_one_of, whole_number
 from kvlink.errors import RecipeError
+from kvlink.payload import Mode
 
-Mode = Literal["kv", "text"]
 Scope = Literal["shared", "head"]
 When = Literal["after", "during"]
-Axis = Literal["token", "channel"]
 Coder = Literal["identity", "zstd"]
-STEP_CODES = (-40, 40)
-"""Range of a transform's step as 4 · log2: from 1/1024 to 1024."""
 
 METHODS = ("all", "q2c", "q2c+draft", "snapkv", "snapkv+question", "h2o", "streaming", "random")
 PRESS = "press:"
-"""Prefix of methods that score by a class of the kvpress package, such as `press:KnormPress`."""
-INTEGER_BITS = (8, 4, 3, 2, 1)
+"""Prefix in a recipe of a class of the kvpress package that scores, such as `press:KnormPress`."""
+
 SINK_COUNT = 4
 RECENT_COUNT = 8
 POOL_WIDTH = 5
@@ -101,6 +100,7 @@ class Selection:
     `when`: prune the finished cache (`after`) or prefill without the dropped positions
     (`during`). `sinks` first and `recent` last context tokens are always kept. `pool`: width of
     the average pooling of scores along tokens (odd). `window`: SnapKV's observation window.
+    `press`: with the method of that name, a scoring class of the kvpress package.
     """
 
     method: str = "all"
@@ -112,157 +112,71 @@ class Selection:
     pool: int = POOL_WIDTH
     window: int = WINDOW_COUNT
     seed: int = 0
+    press: str = ""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS and not re.fullmatch(PRESS + "[A-Za-z][A-Za-z0-9]{0,63}", self.method):
+        if self.method not in (*METHODS, "press") or (self.method == "press") is not bool(self.press):
             raise RecipeError(
                 f"unknown selection {self.method!r}; known: {', '.join(METHODS)}, {PRESS}NAME of a kvpress class"
             )
-        _one_of("scope", self.scope, ("shared", "head"))
-        _one_of("when", self.when, ("after", "during"))
+        if self.press and not re.fullmatch("[A-Za-z][A-Za-z0-9]{0,63}", self.press):
+            raise RecipeError(f"{PRESS}NAME needs the name of a kvpress class, got {self.press!r}")
+        require_one_of("scope", self.scope, ("shared", "head"))
+        require_one_of("when", self.when, ("after", "during"))
         if self.when == "during" and self.scope != "shared":
             raise RecipeError("when=during needs scope=shared: a prefill leaves out whole tokens, not heads")
         for name, low, high in (("sinks", 0, 1024), ("recent", 0, 1024), ("window", 1, 4096)):
-            _between(name, getattr(self, name), low, high)
-        _between("pool", self.pool, 1, 127)
-        _between("seed", self.seed, 0, 2**31 - 1)
+            require_between(name, getattr(self, name), low, high)
+        require_between("pool", self.pool, 1, 127)
+        require_between("seed", self.seed, 0, 2**31 - 1)
         if self.pool % 2 == 0:
             raise RecipeError(f"pool must be odd, got {self.pool}")
 
-    def __str__(self) -> str:
-        if self.method == "all":
-            return "all"
-        return f"{self.method}@{self.amount}"
-
-
-@dataclass(frozen=True, slots=True)
-class Quantizer:
-    """A uniform group quantizer, or `bits=16`: the numbers as they are.
-
-    `axis`: the axis along which numbers share a scale: `token` (one scale per token and group of
-    channels) or `channel` (one scale per channel and group of tokens). `group`: numbers that
-    share a scale. `symmetric`: no offset. With 1 bit: sign times mean magnitude around the mean.
-    `lossless` (bits=16 only): byte planes, so that the coder finds the regular exponents; along a
-    channel's tokens, or (`token`) along a token's channels.
-    """
-
-    bits: int = 16
-    axis: Axis = "token"
-    group: int = 64
-    symmetric: bool = False
-    lossless: bool = False
-
-    def __post_init__(self) -> None:
-        if self.bits not in (16, *INTEGER_BITS):
-            raise RecipeError(f"bits must be one of 16, 8, 4, 3, 2, 1, got {self.bits}")
-        _one_of("axis", self.axis, ("token", "channel"))
-        _between("group", self.group, 2, 65536)
-        if self.lossless and self.bits != 16:
-            raise RecipeError(f"lossless has no bits, got {self.bits}")
+    @property
+    def name(self) -> str:
+        """The method as a recipe names it, `press:NAME` with its class."""
+        return PRESS + self.press if self.press else self.method
 
     def __str__(self) -> str:
-        if self.bits == 16:
-            planes = "lossless" if self.axis == "channel" else "lossless/token"
-            return planes if self.lossless else "raw"
-        return f"int{self.bits}/{self.axis}/g{self.group}/{'sym' if self.symmetric else 'asym'}"
-
-    @classmethod
-    def parse(cls, text: str, axis: Axis = "token") -> Quantizer:
-        """Read `raw`, `lossless`, `int4` or `int4/channel/g64/asym`. Raises RecipeError."""
-        head, *rest = text.split("/")
-        if head in ("raw", "lossless"):
-            if rest and text != "lossless/token":
-                raise RecipeError(f"{head} takes no options, got {text!r}")
-            return cls(lossless=True, axis="token" if rest else "channel") if head == "lossless" else cls()
-        match = re.fullmatch(r"int(\d{1,2})", head)
-        if not match or int(match[1]) not in INTEGER_BITS:
-            raise RecipeError(f"expected raw, lossless or int8/int4/int3/int2/int1, got {text!r}")
-        values: dict[str, Any] = {"axis": axis}
-        for word in rest:
-            if word in ("token", "channel"):
-                values["axis"] = word
-            elif word in ("sym", "asym"):
-                values["symmetric"] = word == "sym"
-            elif re.fullmatch(r"g\d{1,6}", word):
-                values["group"] = int(word[1:])
-            else:
-                raise RecipeError(f"unknown quantizer option {word!r} in {text!r}")
-        return cls(int(match[1]), **values)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerOverride:
-    """Other quantizers for one layer (mixed precision)."""
-
-    layer: int
-    keys: Quantizer
-    values: Quantizer
-
-    def __post_init__(self) -> None:
-        _between("layer", self.layer, 0, 65535)
+        return "all" if self.method == "all" else f"{self.name}@{self.amount}"
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a context cache is reduced. `rank` 0 means no low-rank step. See the module's text.
-
-    `transform`: the transform codec in place of quantizers, with a step of 2^(transform / 4) times
-    what the model is thought to tolerate. `basis`: `auto` (the sender's profile where it has one),
-    `own` (none), or the profile's digest in hex. `rest`: positions that the selection leaves travel
-    too, with this coarser step, so that nothing is missing for another question.
-    """
+    """How a context cache is reduced: which positions travel, by which codec, through which coder."""
 
     mode: Mode = "kv"
     selection: Selection = field(default_factory=Selection)
-    keys: Quantizer = field(default_factory=Quantizer)
-    values: Quantizer = field(default_factory=Quantizer)
-    rank: int = 0
+    codec: Codec = field(default_factory=Quantized)
     coder: Coder = "zstd"
-    overrides: tuple[LayerOverride, ...] = ()
-    transform: int | None = None
-    basis: str = "auto"
-    rest: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("mode", self.mode, ("kv", "text"))
-        _one_of("coder", self.coder, ("identity", "zstd"))
-        _between("svd", self.rank, 0, 65536)
-        layers = [override.layer for override in self.overrides]
-        if layers != sorted(set(layers)):
-            raise RecipeError(f"layer overrides must be in order and name each layer once, got {layers}")
-        if self.rank and (self.keys.lossless or self.values.lossless):
-            raise RecipeError("svd and lossless exclude each other")
-        self._check_transform()
+        require_one_of("mode", self.mode, ("kv", "text"))
+        require_one_of("coder", self.coder, ("identity", "zstd"))
+        chosen = self.selection
+        if self.covers_all and (chosen.method == "all" or (chosen.scope, chosen.when) != ("shared", "after")):
+            raise RecipeError("rest needs a selection, shared by all heads and after the prefill")
 
-    def _check_transform(self) -> None:
-        if self.basis not in ("auto", "own") and not re.fullmatch("[0-9a-f]{32}", self.basis):
-            raise RecipeError(f"basis must be auto, own or a profile's 32 hex digits, got {self.basis!r}")
-        if self.transform is None:
-            if self.basis != "auto" or self.rest is not None:
-                raise RecipeError("a basis and a rest belong to a transform")
-            return
-        _between("transform", self.transform, *STEP_CODES)
-        if (self.keys, self.values, self.rank, self.overrides) != (Quantizer(), Quantizer(), 0, ()):
-            raise RecipeError(
-                "transform takes the place of quantizers, svd and layers: give one or the other"
-            )
-        if self.rest is not None:
-            _between("rest", self.rest, *STEP_CODES)
-            chosen = self.selection
-            if chosen.method == "all" or (chosen.scope, chosen.when) != ("shared", "after"):
-                raise RecipeError("rest needs a selection, shared by all heads and after the prefill")
-            if self.rest < self.transform:
-                raise RecipeError("the rest's step must not be finer than the transform's own")
+    @property
+    def covers_all(self) -> bool:
+        """Whether every position travels: none is left out, or those that are come in a coarser step."""
+        return isinstance(self.codec, Transform) and self.codec.rest_code is not None
 
-    def quantizers(self, layer: int) -> tuple[Quantizer, Quantizer]:
-        """The quantizers of keys and values of a layer."""
-        for override in self.overrides:
-            if override.layer == layer:
-                return override.keys, override.values
-        return self.keys, self.values
+    @property
+    def prunes(self) -> bool:
+        """Whether the receiver goes without some positions."""
+        return self.mode == "kv" and self.selection.method != "all" and not self.covers_all
 
     def with_amount(self, amount: Amount) -> Recipe:
         return replace(self, selection=replace(self.selection, amount=amount))
+
+    def finer(self) -> Recipe | None:
+        """The next finer recipe: a finer codec, then all positions; None after them."""
+        codec = self.codec.finer()
+        if codec is not None:
+            covered = self.covers_all and not (isinstance(codec, Transform) and codec.rest_code is not None)
+            return replace(self, codec=codec, selection=Selection() if covered else self.selection)
+        return replace(self, selection=Selection()) if self.selection.method != "all" else None
 
     def __str__(self) -> str:
         """The full notation: names everything that `parse` needs."""
@@ -270,23 +184,10 @@ class Recipe:
             return "text"
         words = [str(self.selection)]
         defaults = Selection()
-        for name in ("scope", "when", "sinks", "recent", "pool", "window", "seed"):
+        for name in _SELECTION_OPTIONS:
             if self.selection.method != "all" and getattr(self.selection, name) != getattr(defaults, name):
                 words.append(f"{name}={getattr(self.selection, name)}")
-        if self.transform is not None:
-            words.append(f"transform={step_of(self.transform):.4g}")
-            if self.rest is not None:
-                words.append(f"rest={step_of(self.rest):.4g}")
-            if self.basis != "auto":
-                words.append(f"basis={self.basis}")
-            return " ".join([*words, f"coder={self.coder}"])
-        words += [f"keys={self.keys}", f"values={self.values}"]
-        if self.rank:
-            words.append(f"svd={self.rank}")
-        words.append(f"coder={self.coder}")
-        if self.overrides:
-            words.append("layers=" + ";".join(_override_text(override) for override in self.overrides))
-        return " ".join(words)
+        return " ".join([*words, *self.codec.words(), f"coder={self.coder}"])
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
@@ -298,38 +199,15 @@ class Recipe:
             raise RecipeError("a recipe is empty; try raw, int8, int4, text or q2c@0.5 int4")
         if words == ["text"]:
             return cls(mode="text")
-        found: dict[str, Any] = {}
+        found: dict[str, str] = {}
         chosen: dict[str, Any] = {}
         for word in words:
             _read_word(word, found, chosen)
-        try:
-            selection = Selection(**chosen)
-        except TypeError as error:  # pragma: no cover - the table below names only real fields
-            raise RecipeError(str(error)) from error
+        selection = Selection(**chosen)
         if selection.method == "all" and set(chosen) - {"method"}:
             raise RecipeError(f"selection options without a selection in {text!r}")
-        return cls(selection=selection, **found)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> Recipe:
-        """Read what `to_json` wrote; unknown or missing fields raise RecipeError."""
-        if len(text) > bounds.RECIPE_JSON.most:
-            raise RecipeError(f"a recipe as JSON has {bounds.RECIPE_JSON}, got {len(text):,}")
-        try:
-            data = json.loads(text)
-            chosen = dict(data.pop("selection"))
-            chosen["amount"] = Amount(**chosen["amount"])
-            overrides = tuple(
-                LayerOverride(item["layer"], Quantizer(**item["keys"]), Quantizer(**item["values"]))
-                for item in data.pop("overrides")
-            )
-            keys, values = Quantizer(**data.pop("keys")), Quantizer(**data.pop("values"))
-            return cls(selection=Selection(**chosen), keys=keys, values=values, overrides=overrides, **data)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise RecipeError(f"not a recipe in JSON: {error}") from error
+        coder = cast(Coder, found.pop("coder", "zstd"))
+        return cls(selection=selection, codec=codec_from(found), coder=coder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,8 +233,8 @@ class Wish:
 _SELECTION_OPTIONS = ("scope", "when", "sinks", "recent", "pool", "window", "seed")
 
 
-def _read_word(word: str, found: dict[str, Any], chosen: dict[str, Any]) -> None:
-    """Put what one word says into the recipe's or the selection's fields."""
+def _read_word(word: str, found: dict[str, str], chosen: dict[str, Any]) -> None:
+    """Put what one word says into the words of coding or into the selection's fields."""
 
     def put(target: dict[str, Any], name: str, value: Any) -> None:
         if name in target:
@@ -366,6 +244,9 @@ def _read_word(word: str, found: dict[str, Any], chosen: dict[str, Any]) -> None
     name, _, value = word.partition("=")
     if "@" in word:
         method, _, amount = word.partition("@")
+        if method.startswith(PRESS):
+            put(chosen, "press", method.removeprefix(PRESS))
+            method = "press"
         put(chosen, "method", method)
         put(chosen, "amount", Amount.parse(amount))
     elif word == "all":
@@ -375,70 +256,13 @@ def _read_word(word: str, found: dict[str, Any], chosen: dict[str, Any]) -> None
             raise RecipeError("text stands alone: no cache travels that a recipe could reduce")
         if name in METHODS or name.startswith(PRESS):
             raise RecipeError(f"{name} needs an amount, such as {name}@0.5")
-        keys = Quantizer.parse(word, "channel")
-        put(found, "keys", keys)
-        put(found, "values", Quantizer.parse(word, "token"))
-    elif name in ("keys", "values"):
-        put(found, name, Quantizer.parse(value, "channel" if name == "keys" else "token"))
+        put(found, BARE, word)
     elif name in _SELECTION_OPTIONS:
-        put(chosen, name, value if name in ("scope", "when") else _whole(name, value))
-    elif name == "svd":
-        put(found, "rank", _whole(name, value))
-    elif name in ("transform", "rest"):
-        put(found, name, _step_code(name, value))
-    elif name == "basis":
-        put(found, "basis", value)
-    elif name == "coder":
-        put(found, "coder", cast(Coder, value))
-    elif name == "layers":
-        put(found, "overrides", tuple(_override(item) for item in value.split(";")))
+        put(chosen, name, value if name in ("scope", "when") else whole_number(name, value))
+    elif name == "coder" or name in CODEC_OPTIONS:
+        put(found, name, value)
     else:
         raise RecipeError(f"unknown word {word!r} in a recipe")
-
-
-def step_of(code: int) -> float:
-    """The step that a code stands for: codes are a quarter of an octave apart, 0 is a step of 1."""
-    return float(2 ** (code / 4))
-
-
-def _step_code(name: str, text: str) -> int:
-    """The code of the step nearest to `text`."""
-    try:
-        step = float(text)
-    except ValueError:
-        raise RecipeError(f"{name} must be a step such as 1 or 1.5, got {text!r}") from None
-    if not step_of(STEP_CODES[0]) <= step <= step_of(STEP_CODES[1]):
-        raise RecipeError(f"{name} must be a step from 1/1024 to 1024, got {text!r}")
-    return round(4 * math.log2(step))
-
-
-def _override(text: str) -> LayerOverride:
-    """Read `3:int8` (keys and values) or `3:int8/channel/g32/asym,int8/token/g32/asym`."""
-    layer, _, rest = text.partition(":")
-    keys, _, values = rest.partition(",")
-    return LayerOverride(
-        _whole("layers", layer), Quantizer.parse(keys, "channel"), Quantizer.parse(values or keys, "token")
-    )
-
-
-def _override_text(override: LayerOverride) -> str:
-    return f"{override.layer}:{override.keys},{override.values}"
-
-
-def _whole(name: str, text: str) -> int:
-    if not re.fullmatch(r"\d{1,10}", text):
-        raise RecipeError(f"{name} must be a whole number, got {text!r}")
-    return int(text)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise RecipeError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _between(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RecipeError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
 
 
 PRESETS = (

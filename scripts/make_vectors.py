@@ -15,9 +15,10 @@ import torch
 from blake3 import blake3
 
 from kvlink.cache import KVCache, LayerCache, full_positions
+from kvlink.codecs import LowRank, Transform
 from kvlink.compress.codec import decode, encode
+from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import pack_part
-from kvlink.compress.transform import Known
 from kvlink.payload import CacheShape, Fingerprint, Prompt
 from kvlink.recipe import Recipe
 from kvlink.wire.file import write_frames
@@ -55,12 +56,12 @@ def cache(dtype: str) -> KVCache:
     return KVCache(tuple(layers), 18)
 
 
-def known() -> Known:
+def known() -> CodecContext:
     """A rotation of two of the three channel pairs, and tolerances from a formula."""
     speed = torch.tensor([1.0, 0.1, 1.0, 0.1])
     angle = torch.arange(18)[:, None] * speed[None]
     units = 0.5 + torch.arange(12, dtype=torch.float64) / 12
-    return Known(((angle.cos(), angle.sin()),) * 2, None, ((units, units),) * 2)
+    return CodecContext(((angle.cos(), angle.sin()),) * 2, None, ((units, units),) * 2)
 
 
 def transfer(recipe: Recipe, kept: tuple[int, ...] | None, dtype: str) -> list[bytes]:
@@ -78,7 +79,7 @@ def transfer(recipe: Recipe, kept: tuple[int, ...] | None, dtype: str) -> list[b
     if recipe.mode == "text":
         return [session.open(), *session.segment(pack_part("text", TEXT.encode(), "zstd")), session.end()]
     positions = None if kept is None else torch.tensor(kept)
-    if recipe.rest is not None:
+    if recipe.covers_all:
         segment = encode(full, recipe, known(), positions)
     else:
         segment = encode(full if positions is None else full.select(positions), recipe, known())
@@ -91,7 +92,7 @@ def digest(restored: KVCache, recipe: Recipe) -> str | float:
     Low rank and transform end in products, whose last bits are the machine's: there the sum of all
     numbers stands for them.
     """
-    if recipe.rank or recipe.transform is not None:
+    if isinstance(recipe.codec, LowRank | Transform):
         return float(
             sum(layer.keys.double().sum() + layer.values.double().sum() for layer in restored.layers)
         )

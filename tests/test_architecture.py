@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "kvlink"
 
 LEVELS = {
-    "_release": 0, "bounds": 0, "errors": 0, "files": 0, "observe": 0, "quoting": 0, "recipe": 0, "payload": 0,
-    "receipt": 0, "cache": 0, "profile": 0, "v1": 0,
+    "_release": 0, "bounds": 0, "errors": 0, "files": 0, "observe": 0, "quoting": 0, "codecs": 0, "recipe": 0,
+    "payload": 0, "receipt": 0, "cache": 0, "profile": 0, "v1": 0,
     "compress": 1, "wire": 1,
     "model": 2, "transport": 2, "plan": 2,
     "agent": 3,
@@ -30,7 +30,9 @@ SAME_LEVEL = {
     ("cli", "eval"),
     ("cli", "page"),
     ("__main__", "cli"),
-    ("payload", "recipe"),
+    ("codecs", "payload"),
+    ("codecs", "errors"),
+    ("recipe", "codecs"),
     ("payload", "errors"),
     ("profile", "payload"),
 }
@@ -40,6 +42,7 @@ FORBIDDEN = {
     "quoting": {"torch", "grpc", "google", "asyncio", "transformers", "numpy", "rich"},
     "files": {"torch", "grpc", "google", "asyncio", "transformers", "numpy", "json"},
     "errors": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
+    "codecs": {"torch", "grpc", "google", "asyncio", "transformers", "numpy", "kvlink.recipe"},
     "recipe": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
     "payload": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
     "receipt": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},

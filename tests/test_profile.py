@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvlink.agent.receiver import MAX_PROFILES, Receiver
 from kvlink.agent.sender import Sender
-from kvlink.compress.transform import rotated, unrotated
+from kvlink.compress.codecs.transform import rotated, unrotated
 from kvlink.errors import CodecError, ContextError, IdentityError, IntegrityError
 from kvlink.eval.profiling import make_profile
 from kvlink.eval.questions import generated

@@ -16,9 +16,10 @@ from typing import BinaryIO
 
 from kvlink.agent.sender import count_bytes
 from kvlink.cache import KVCache
+from kvlink.codecs import AUTO_CALIBRATION, Transform
 from kvlink.compress.codec import decode
+from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import unpack_part
-from kvlink.compress.transform import Known
 from kvlink.errors import CodecError, IdentityError, LimitError
 from kvlink.model.calibrate import rotation
 from kvlink.model.generate import Answer, Step, answer, generate
@@ -139,7 +140,7 @@ class Intake:
             cache, stage, kinds = self._read(manifest, body), "read", {"text": body.coded_bytes}
         else:
             cache, stage, kinds = (
-                decode(body, manifest.shape, manifest.recipe, self._known(manifest)),
+                decode(body, manifest.shape, manifest.recipe, self._codec_context(manifest)),
                 "decode",
                 body.bytes_by_kind(),
             )
@@ -159,21 +160,22 @@ class Intake:
 
     def _find_profile(self, recipe: Recipe) -> Profile | None:
         """The profile that a recipe names. Raises IdentityError where it is not here."""
-        if recipe.transform is None or recipe.basis == "own":
+        named = recipe.codec.calibration
+        if named is None:
             return None
-        if recipe.basis == "auto":
+        if named == AUTO_CALIBRATION:
             raise IdentityError("the manifest does not say which profile its codes belong to")
         own = self._lm.profile
-        if own is not None and own.digest.hex() == recipe.basis:
+        if own is not None and own.digest.hex() == named:
             return own
-        if recipe.basis not in self._profiles:
-            raise IdentityError(f"profile {recipe.basis[:12]} is not here; send it first, or use basis=own")
-        return self._profiles[recipe.basis]
+        if named not in self._profiles:
+            raise IdentityError(f"profile {named[:12]} is not here; send it first, or use basis=own")
+        return self._profiles[named]
 
-    def _known(self, manifest: Manifest) -> Known | None:
-        if manifest.recipe.transform is None:
-            return None
-        return Known(rotation(self._lm, manifest.shape.tokens), self._profile)
+    def _codec_context(self, manifest: Manifest) -> CodecContext:
+        if not isinstance(manifest.recipe.codec, Transform):
+            return CodecContext()
+        return CodecContext(rotation(self._lm, manifest.shape.tokens), self._profile)
 
     def _read(self, manifest: Manifest, part: Part) -> KVCache:
         """Text mode: the receiver reads the text itself, in the sender's prompt."""

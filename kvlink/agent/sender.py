@@ -21,12 +21,13 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from kvlink.agent.adapt import AUTO, automatic, finer, require_transform, with_quality
+from kvlink.agent.adapt import AUTO, automatic, transform_of, with_quality
 from kvlink.cache import Evidence, KVCache
+from kvlink.codecs import AUTO_CALIBRATION, NO_CALIBRATION, STEP_CODES, Transform
 from kvlink.compress.codec import decode, encode
+from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import pack_part
 from kvlink.compress.select import choose_positions, kept_count, needs, score
-from kvlink.compress.transform import Known
 from kvlink.errors import CodecError, ContextError, LimitError, ModelError, RecipeError
 from kvlink.model.calibrate import rotation, units
 from kvlink.model.generate import Answer, answer, divergence, logits_along
@@ -36,7 +37,7 @@ from kvlink.model.restore import cache_shape
 from kvlink.model.template import Turn
 from kvlink.payload import EncodedSegment, Part, Prompt
 from kvlink.receipt import Certificate, Receipt
-from kvlink.recipe import PRESS, STEP_CODES, Amount, Recipe, Selection, Wish
+from kvlink.recipe import Amount, Recipe, Selection, Wish
 from kvlink.transport.api import Explanation
 from kvlink.transport.client import grpc_bytes
 from kvlink.wire.file import Writable, write_frames
@@ -168,7 +169,7 @@ class Sender:
         kept = torch.ones(shape.tokens)
         recipe = transfer.manifest.recipe
         chosen = recipe.selection
-        if recipe.mode == "kv" and chosen.method != "all" and recipe.rest is None:
+        if recipe.prunes:
             # The amount as it came out: a budget or a share of mass is a count by now.
             counted = replace(chosen, amount=Amount(receipt.kept_tokens, "count"))
             same = chosen.method == voting.method
@@ -219,7 +220,7 @@ class Sender:
 
     def _with_budget(self, context: Context, recipe: Recipe, budget_bytes: int) -> Recipe:
         """The recipe with a budget for its retention. With a transform all positions go if they fit."""
-        if recipe.transform is not None and recipe.selection.method == "all":
+        if isinstance(recipe.codec, Transform) and recipe.selection.method == "all":
             if self._pack(context, b"", recipe, Look()).receipt.wire_bytes <= budget_bytes:
                 return recipe
             recipe = replace(recipe, selection=Selection("q2c+draft"))
@@ -239,19 +240,21 @@ class Sender:
             return self._frame(context, recipe, part, clock, None)
         if recipe.selection.amount.unit == "bytes":
             return self._fit(context, recipe, look.evidence, clock, look.draft)
-        segment = self._encode(context, recipe, look.evidence, self._known(recipe, context), clock)
+        segment = self._encode(context, recipe, look.evidence, self._codec_context(recipe, context), clock)
         return self._frame(context, recipe, segment, clock, look.draft)
 
     def _within_bits(
         self, context: Context, transfer_id: bytes, recipe: Recipe, look: Look, max_bits: float
     ) -> Transfer:
         """The finest step of all whose transfer has at most `max_bits` an element."""
-        require_transform(recipe, "a number of bits")
+        codec = transform_of(recipe, "a number of bits")
         best, codes = None, range(STEP_CODES[0], STEP_CODES[1] + 1)
         low, high = 0, len(codes) - 1
         while low <= high:
             middle = (low + high) // 2
-            found = self._pack(context, transfer_id, replace(recipe, transform=codes[middle]), look)
+            found = self._pack(
+                context, transfer_id, replace(recipe, codec=replace(codec, step_code=codes[middle])), look
+            )
             if found.receipt.bits_per_element <= max_bits:
                 best, high = found, middle - 1
             else:
@@ -273,7 +276,9 @@ class Sender:
         draft = transfer.draft or self._draft(context, question)
         manifest = transfer.manifest
         segment = segment_of(transfer.frames)
-        cache = decode(segment, manifest.shape, manifest.recipe, self._known(manifest.recipe, context))
+        cache = decode(
+            segment, manifest.shape, manifest.recipe, self._codec_context(manifest.recipe, context)
+        )
         own, found = (logits_along(self.lm, held, question, draft) for held in (context.cache, cache))
         nats = divergence(own.log_softmax(-1), found.log_softmax(-1))
         return Certificate(
@@ -292,7 +297,7 @@ class Sender:
         for escalations in range(_ESCALATIONS + 1):
             transfer = replace(transfer, draft=draft)
             found = self.certify(context, question, transfer, escalations)
-            next_recipe = finer(transfer.manifest.recipe)
+            next_recipe = transfer.manifest.recipe.finer()
             if found.passed or next_recipe is None or escalations == _ESCALATIONS:
                 break
             # A finer recipe looks at the same evidence, or at none.
@@ -307,35 +312,38 @@ class Sender:
 
     def _resolved(self, recipe: Recipe) -> Recipe:
         """A transform's basis by name: the model's profile where there is one."""
-        if recipe.transform is None or recipe.basis != "auto":
+        codec, profile = recipe.codec, self.lm.profile
+        if not isinstance(codec, Transform) or codec.basis != AUTO_CALIBRATION:
             return recipe
-        profile = self.lm.profile
-        return replace(recipe, basis=profile.digest.hex() if profile else "own")
+        return replace(
+            recipe, codec=replace(codec, basis=profile.digest.hex() if profile else NO_CALIBRATION)
+        )
 
-    def _known(self, recipe: Recipe, context: Context) -> Known | None:
-        if recipe.transform is None:
-            return None
-        if recipe.basis == "own" and not self._units:
+    def _codec_context(self, recipe: Recipe, context: Context) -> CodecContext:
+        """What the recipe's codec needs to know of the model."""
+        if not isinstance(recipe.codec, Transform):
+            return CodecContext()
+        if recipe.codec.calibration is None and not self._units:
             self._units = units(self.lm)
-        return Known(rotation(self.lm, context.cache.tokens), self.lm.profile, self._units)
+        return CodecContext(rotation(self.lm, context.cache.tokens), self.lm.profile, self._units)
 
     def _of_context(self, context: Context, selection: Selection) -> Evidence:
         """Evidence that serves every question over the context; captured once."""
         method, key, tokens = selection.method, evidence_key(selection), context.cache.tokens
         with context.lock:
             if key not in context.evidence:
-                if method.startswith(PRESS):
+                if selection.press:
                     share = (
                         kept_count(selection, tokens) / tokens if selection.amount.unit in _COUNTED else 1.0
                     )
-                    found = read_press(self.lm, context.ids, method.removeprefix(PRESS), 1 - share)
+                    found = read_press(self.lm, context.ids, selection.press, 1 - share)
                 else:
                     found = read_context(self.lm, context.ids, needs(method), selection.window)
                 context.evidence[key] = found
             return context.evidence[key]
 
     def _encode(
-        self, context: Context, recipe: Recipe, evidence: Evidence, known: Known | None, clock: _Clock
+        self, context: Context, recipe: Recipe, evidence: Evidence, known: CodecContext, clock: _Clock
     ) -> EncodedSegment:
         """Choose the positions and code them; with a rest the others too, coarsely."""
         selection, fine = recipe.selection, None
@@ -343,7 +351,7 @@ class Sender:
             kept = context.cache
         else:
             positions = choose_positions(evidence, selection, context.cache.shape)
-            if recipe.rest is not None:
+            if recipe.covers_all:
                 kept, fine = context.cache, positions
             elif selection.when == "during":
                 kept = prefill(self.lm, context.ids, positions)
@@ -359,7 +367,7 @@ class Sender:
     ) -> Transfer:
         """The largest count of tokens whose transfer fits the byte budget, by measured sizes."""
         budget, tokens = int(recipe.selection.amount.value), context.cache.tokens
-        low, high, best, known = 0, tokens + 1, None, self._known(recipe, context)
+        low, high, best, known = 0, tokens + 1, None, self._codec_context(recipe, context)
         guess = tokens
         for _ in range(_FIT_ROUNDS + tokens.bit_length()):
             counted = recipe.with_amount(Amount(guess, "count"))
@@ -417,8 +425,8 @@ class Sender:
 
 def evidence_key(selection: Selection) -> tuple[Any, ...]:
     """What captured evidence depends on: method and window; a press may look at the amount too."""
-    amount = (selection.amount,) if selection.method.startswith(PRESS) else ()
-    return (selection.method, selection.window, *amount)
+    amount = (selection.amount,) if selection.press else ()
+    return (selection.name, selection.window, *amount)
 
 
 def count_bytes(frame_bytes: Sequence[int], kinds: dict[str, int]) -> dict[str, int]:

@@ -40,7 +40,7 @@ from kvlink.errors import (
 from kvlink.model.template import Turn
 from kvlink.observe import Observer
 from kvlink.receipt import Capabilities
-from kvlink.recipe import PRESS, Recipe, Wish
+from kvlink.recipe import Recipe, Wish
 from kvlink.transport.address import Address
 from kvlink.transport.api import NOBODY, Caller, Delivery, Explanation, Fetch, Progress, Published, PushStatus
 from kvlink.transport.client import CALL_S, CONNECT_S, ReceiverClient
@@ -285,7 +285,7 @@ class SenderService:
     ) -> None:
         """Send the profile ahead, once, to a receiver that lacks it."""
         profile, recipe = self._sender.lm.profile, transfer.manifest.recipe
-        if profile is None or recipe.transform is None or recipe.basis == "own":
+        if profile is None or recipe.codec.calibration is None:
             return
         if profile.digest not in there.profiles:
             async with self._dial(address, caller) as peer:
@@ -322,8 +322,8 @@ class SenderService:
     def _recipe(self, text: str) -> Recipe:
         """The caller's recipe or the default one. Raises RecipeError, AccessError."""
         recipe = self._sender.recipe(text or self.settings.default_recipe)
-        if recipe.selection.method.startswith(PRESS) and not self.settings.presses:
-            raise AccessError(f"{recipe.selection.method}: this sender imports no kvpress for its callers")
+        if recipe.selection.press and not self.settings.presses:
+            raise AccessError(f"{recipe.selection.name}: this sender imports no kvpress for its callers")
         return recipe
 
     def _allow(self, text: str) -> str:

@@ -93,7 +93,7 @@ def _parse(data: bytes) -> Any:
 
 
 def _tell(profile: Any, size: int, as_json: bool) -> None:
-    from kvlink.recipe import step_of
+    from kvlink.codecs import step_of
 
     told = {
         "digest": profile.digest.hex(),

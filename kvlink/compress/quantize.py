@@ -32,8 +32,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvlink.codecs import Quantizer
 from kvlink.errors import CodecError
-from kvlink.recipe import Quantizer
 
 _FLOAT16_MAX = 65504.0
 _FLOAT16_TINY = 6.2e-5

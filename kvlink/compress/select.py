@@ -17,7 +17,7 @@ from torch import Tensor
 from kvlink.cache import Evidence
 from kvlink.errors import RecipeError
 from kvlink.payload import CacheShape
-from kvlink.recipe import PRESS, Selection
+from kvlink.recipe import Selection
 
 _NEEDS: dict[str, frozenset[str]] = {
     "all": frozenset(),
@@ -28,6 +28,7 @@ _NEEDS: dict[str, frozenset[str]] = {
     "h2o": frozenset({"mass"}),
     "streaming": frozenset(),
     "random": frozenset(),
+    "press": frozenset({"press"}),
 }
 
 SEES: dict[str, str] = {
@@ -43,7 +44,7 @@ SEES: dict[str, str] = {
 
 def needs(method: str) -> frozenset[str]:
     """The evidence that a method sees, by the field names of `Evidence`; it is given no other."""
-    return frozenset({"press"}) if method.startswith(PRESS) else _NEEDS[method]
+    return _NEEDS[method]
 
 
 def sees(method: str) -> str:
@@ -190,6 +191,7 @@ SCORERS: dict[str, Callable[[Evidence, Selection, CacheShape], Tensor]] = {
     "h2o": _h2o,
     "streaming": _streaming,
     "random": _random,
+    "press": _press,
 }
 
 
@@ -198,8 +200,7 @@ def score(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tensor
 
     Raises RecipeError where the evidence that the method needs was not captured.
     """
-    scorer = _press if selection.method.startswith(PRESS) else SCORERS[selection.method]
-    scores = scorer(evidence.only(needs(selection.method)), selection, shape).float()
+    scores = SCORERS[selection.method](evidence.only(needs(selection.method)), selection, shape).float()
     if selection.scope == "shared":
         full = [i for i in range(shape.layers) if i not in dict(shape.whole_layers)]
         return scores[full].sum((0, 1))[None]

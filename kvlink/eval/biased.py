@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kvlink.compress.transform import unrotated
+from kvlink.compress.codecs.transform import unrotated
 from kvlink.errors import UnsupportedCacheError
 from kvlink.eval.questions import generated
 from kvlink.model.calibrate import build_profile

@@ -20,6 +20,7 @@ from torch import Tensor
 from kvlink.agent.receiver import Held, Receiver
 from kvlink.agent.sender import Context, Look, Sender, Transfer, evidence_key
 from kvlink.cache import KVCache
+from kvlink.codecs import LowRank
 from kvlink.compress.select import choose_positions
 from kvlink.errors import ContextError
 from kvlink.eval.questions import Item, Query, Shift
@@ -133,7 +134,7 @@ class Bench:
             bits_per_element=receipt.bits_per_element,
             ttft_s=sum(stages),
             kept_tokens=receipt.kept_tokens or receipt.context_tokens,
-            more=_energy(room.context.cache, held.cache) if recipe.rank else {},
+            more=_energy(room.context.cache, held.cache) if isinstance(recipe.codec, LowRank) else {},
         )
 
     def _judge(self, room: _Room, own: _Reference, told: Answer, log_probs: Tensor) -> Outcome:

@@ -22,12 +22,13 @@ from typing import Any
 from kvlink.agent.receiver import Receiver
 from kvlink.agent.receiver_service import ReceiverService
 from kvlink.agent.sender import Context, Sender, Transfer
+from kvlink.codecs.base import SIDES
 from kvlink.errors import ContextError
 from kvlink.eval import line
 from kvlink.eval.questions import Item
 from kvlink.eval.rows import Row
 from kvlink.model.loading import LanguageModel, load
-from kvlink.payload import CacheShape, plain_sizes
+from kvlink.payload import CacheShape
 from kvlink.recipe import Recipe
 from kvlink.transport.client import ReceiverClient
 from kvlink.transport.server import Server
@@ -84,12 +85,11 @@ def predict(
         out["map"] = map_sets * -(-shape.tokens // 8)
         sizes.append(out["map"])
     for layer in range(shape.layers):
-        for kind, size in (
-            *plain_sizes(recipe, shape, layer, "keys", kept, 2),
-            *plain_sizes(recipe, shape, layer, "values", kept, 2),
-        ):
-            out[kind] += size
-            sizes.append(size)
+        tensor = (shape.kv_heads, kept, shape.head_size)
+        for side in SIDES:
+            for kind, size in recipe.codec.part_sizes(layer, side, tensor, shape.element_bytes, 2):
+                out[kind] += size
+                sizes.append(size)
     body = sum(sizes)
     header = number(1) + number(kept) + number(map_sets) + nested(2 * shape.layers)
     header += sum(nested(number(1) + number(size)) for size in sizes)
@@ -256,7 +256,7 @@ def _row(
     ]
     return Row(
         table="overhead", mode="kv", recipe=_short(recipe), recipe_full=str(recipe),
-        selection=recipe.selection.method, scope=recipe.selection.scope,
+        selection=recipe.selection.name, scope=recipe.selection.scope,
         retention=recipe.selection.amount.value, method=recipe.selection.when, n=1,
         wire_bytes=receipt.wire_bytes, bits_per_element=receipt.bits_per_element,
         context_tokens=shape.tokens, kept_tokens=receipt.kept_tokens,
@@ -276,7 +276,7 @@ def _row(
 
 def _short(recipe: Recipe) -> str:
     words = [] if recipe.selection.method == "all" else [str(recipe.selection)]
-    return " ".join([*words, f"int{recipe.keys.bits}", f"coder={recipe.coder}"])
+    return " ".join([*words, recipe.codec.family, f"coder={recipe.coder}"])
 
 
 def _on_lossy_lines(

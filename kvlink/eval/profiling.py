@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import torch
 
-from kvlink.compress.transform import unrotated
+from kvlink.codecs import step_of
+from kvlink.compress.codecs.transform import unrotated
 from kvlink.eval.measure import Bench
 from kvlink.eval.questions import Item
 from kvlink.eval.tables import Case
 from kvlink.model.calibrate import build_profile
 from kvlink.model.loading import LanguageModel
 from kvlink.profile import Profile
-from kvlink.recipe import step_of
 
 CODES = range(-8, 9)
 """Steps whose quality is measured: 1/4 to 4, a quarter of an octave apart."""

@@ -12,7 +12,6 @@ from typing import Any
 
 from kvlink.compress.select import sees
 from kvlink.eval.score import interval
-from kvlink.eval.tables import codec_of
 from kvlink.recipe import Recipe
 
 
@@ -106,10 +105,10 @@ def summarise(recipe: str, found: Sequence[Outcome], *, shift: str = "same", **k
     amount = selection.amount
     return Row(
         mode=parsed.mode,
-        codec=codec_of(parsed),
+        codec="text" if parsed.mode == "text" else parsed.codec.family,
         recipe=recipe,
         recipe_full=str(parsed),
-        selection=selection.method if is_kv else None,
+        selection=selection.name if is_kv else None,
         scope=selection.scope if is_kv else None,
         retention=amount.value if is_kv and amount.unit == "ratio" else None,
         method=selection.when if is_kv else None,

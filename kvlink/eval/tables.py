@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from kvlink.codecs import INTEGER_BITS
 from kvlink.errors import ConfigError
 from kvlink.eval.questions import SHIFTS, Shift
-from kvlink.recipe import INTEGER_BITS, Recipe
+from kvlink.recipe import Recipe
 
 Kind = Literal["answer", "masked", "spectrum"]
 
@@ -115,18 +116,6 @@ def _rate(methods: Sequence[str]) -> list[Case]:
     # What selection costs another question, and what tiers give back.
     compared = ("transform=1", "q2c+draft@0.25 transform=0.5", *RATE_TIERS)
     return cases + [Case(recipe, "unrelated") for recipe in compared]
-
-
-def codec_of(recipe: Recipe) -> str:
-    """The codec of a recipe in a word: text, raw, lossless, int4, svd, transform, transform/own."""
-    if recipe.mode == "text":
-        return "text"
-    if recipe.transform is not None:
-        return "transform/own" if recipe.basis == "own" else "transform"
-    if recipe.rank:
-        return "svd"
-    kind = str(recipe.keys).partition("/")[0]
-    return f"{kind}/token" if kind.startswith("int") and recipe.keys.axis == "token" else kind
 
 
 _MAKERS = {

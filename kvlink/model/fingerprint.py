@@ -57,7 +57,7 @@ HARMLESS: dict[str, str] = {
     "pretraining_tp": "the same product in pieces",
     "max_window_layers": "decides `layer_types`, which counts",
     "_sliding_window_pattern": "decides `layer_types`, which counts",
-    "max_position_embeddings": "how far, not how: a table is a weight, and rotations that depend on it have it in `rotary`",
+    "max_position_embeddings": "how far, not how: a table is a weight; rotations that depend on it count",
 }
 """Fields of a configuration that change no cache, with the reason. All others count, known or not."""
 HARMLESS_WORDS: dict[str, str] = {

@@ -24,19 +24,31 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kvlink/v1/wire.proto\x12\tkvlink.v1\"\xee\x01\n\x05\x46rame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\'\n\x08manifest\x18\x02 \x01(\x0b\x32\x13.kvlink.v1.ManifestH\x00\x12\x32\n\x0esegment_header\x18\x03 \x01(\x0b\x32\x18.kvlink.v1.SegmentHeaderH\x00\x12,\n\x0bsegment_end\x18\x04 \x01(\x0b\x32\x15.kvlink.v1.SegmentEndH\x00\x12\x1d\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x0e.kvlink.v1.EndH\x00\x12!\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x10.kvlink.v1.ChunkH\x00\x42\x06\n\x04\x62ody\"\x9d\x02\n\x08Manifest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x0c\x12\x1d\n\x04mode\x18\x03 \x01(\x0e\x32\x0f.kvlink.v1.Mode\x12+\n\x0b\x66ingerprint\x18\x04 \x01(\x0b\x32\x16.kvlink.v1.Fingerprint\x12$\n\x05shape\x18\x05 \x01(\x0b\x32\x15.kvlink.v1.CacheShape\x12!\n\x06recipe\x18\x06 \x01(\x0b\x32\x11.kvlink.v1.Recipe\x12!\n\x06prompt\x18\x07 \x01(\x0b\x32\x11.kvlink.v1.Prompt\x12\x16\n\x0e\x63ontext_digest\x18\x08 \x01(\x0c\x12\x12\n\ntext_bytes\x18\t \x01(\x04\"i\n\x0b\x46ingerprint\x12\x0f\n\x07weights\x18\x01 \x01(\x0c\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\x0c\x12\x0e\n\x06rotary\x18\x03 \x01(\x0c\x12\x11\n\ttokenizer\x18\x04 \x01(\x0c\x12\x10\n\x08template\x18\x05 \x01(\x0c\"\x8d\x01\n\nCacheShape\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x10\n\x08kv_heads\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x11\n\thead_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12+\n\x0cwhole_layers\x18\x06 \x03(\x0b\x32\x15.kvlink.v1.WholeLayer\"0\n\nWholeLayer\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x0bheld_tokens\x18\x02 \x01(\r\"%\n\x06\x41mount\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x0c\n\x04unit\x18\x02 \x01(\t\"\xa6\x01\n\tSelection\x12\x0e\n\x06method\x18\x01 \x01(\t\x12!\n\x06\x61mount\x18\x02 \x01(\x0b\x32\x11.kvlink.v1.Amount\x12\r\n\x05scope\x18\x03 \x01(\t\x12\x0c\n\x04when\x18\x04 \x01(\t\x12\r\n\x05sinks\x18\x05 \x01(\r\x12\x0e\n\x06recent\x18\x06 \x01(\r\x12\x0c\n\x04pool\x18\x07 \x01(\r\x12\x0e\n\x06window\x18\x08 \x01(\r\x12\x0c\n\x04seed\x18\t \x01(\r\"[\n\tQuantizer\x12\x0c\n\x04\x62its\x18\x01 \x01(\r\x12\x0c\n\x04\x61xis\x18\x02 \x01(\t\x12\r\n\x05group\x18\x03 \x01(\r\x12\x11\n\tsymmetric\x18\x04 \x01(\x08\x12\x10\n\x08lossless\x18\x05 \x01(\x08\"h\n\rLayerOverride\x12\r\n\x05layer\x18\x01 \x01(\r\x12\"\n\x04keys\x18\x02 \x01(\x0b\x32\x14.kvlink.v1.Quantizer\x12$\n\x06values\x18\x03 \x01(\x0b\x32\x14.kvlink.v1.Quantizer\"\xa4\x02\n\x06Recipe\x12\x0c\n\x04mode\x18\x01 \x01(\t\x12\'\n\tselection\x18\x02 \x01(\x0b\x32\x14.kvlink.v1.Selection\x12\"\n\x04keys\x18\x03 \x01(\x0b\x32\x14.kvlink.v1.Quantizer\x12$\n\x06values\x18\x04 \x01(\x0b\x32\x14.kvlink.v1.Quantizer\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\r\n\x05\x63oder\x18\x06 \x01(\t\x12+\n\toverrides\x18\x07 \x03(\x0b\x32\x18.kvlink.v1.LayerOverride\x12\x16\n\ttransform\x18\x08 \x01(\x11H\x00\x88\x01\x01\x12\r\n\x05\x62\x61sis\x18\t \x01(\t\x12\x11\n\x04rest\x18\n \x01(\x11H\x01\x88\x01\x01\x42\x0c\n\n_transformB\x07\n\x05_rest\"<\n\x06Prompt\x12\x13\n\x0btemplate_id\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\x0c\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x0c\"<\n\x04Part\x12\x1f\n\x05\x63oder\x18\x01 \x01(\x0e\x32\x10.kvlink.v1.Coder\x12\x13\n\x0b\x63oded_bytes\x18\x02 \x01(\x04\"\x99\x01\n\rSegmentHeader\x12\r\n\x05index\x18\x01 \x01(\r\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.kvlink.v1.SegmentKind\x12\x0c\n\x04kept\x18\x03 \x01(\r\x12\x10\n\x08map_sets\x18\x04 \x01(\r\x12\x1e\n\x05parts\x18\x05 \x03(\x0b\x32\x0f.kvlink.v1.Part\x12\x13\n\x0bscale_bytes\x18\x06 \x01(\x0c\"5\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x02 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"\x1c\n\nSegmentEnd\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\'\n\x03\x45nd\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x10\n\x08segments\x18\x02 \x01(\r*Y\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0b\n\x07MODE_KV\x10\x01\x12\r\n\tMODE_TEXT\x10\x02\x12\x0e\n\nMODE_SCOUT\x10\x03\x12\x0f\n\x0bMODE_HYBRID\x10\x04*{\n\x0bSegmentKind\x12\x1c\n\x18SEGMENT_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16SEGMENT_KIND_POSITIONS\x10\x01\x12\x15\n\x11SEGMENT_KIND_TEXT\x10\x02\x12\x1b\n\x17SEGMENT_KIND_REFINEMENT\x10\x03*R\n\x05\x43oder\x12\x15\n\x11\x43ODER_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43ODER_IDENTITY\x10\x01\x12\x0e\n\nCODER_ZSTD\x10\x02\x12\x0e\n\nCODER_RANS\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kvlink/v1/wire.proto\x12\tkvlink.v1\"\xee\x01\n\x05\x46rame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\'\n\x08manifest\x18\x02 \x01(\x0b\x32\x13.kvlink.v1.ManifestH\x00\x12\x32\n\x0esegment_header\x18\x03 \x01(\x0b\x32\x18.kvlink.v1.SegmentHeaderH\x00\x12,\n\x0bsegment_end\x18\x04 \x01(\x0b\x32\x15.kvlink.v1.SegmentEndH\x00\x12\x1d\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x0e.kvlink.v1.EndH\x00\x12!\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x10.kvlink.v1.ChunkH\x00\x42\x06\n\x04\x62ody\"\x9d\x02\n\x08Manifest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x0c\x12\x1d\n\x04mode\x18\x03 \x01(\x0e\x32\x0f.kvlink.v1.Mode\x12+\n\x0b\x66ingerprint\x18\x04 \x01(\x0b\x32\x16.kvlink.v1.Fingerprint\x12$\n\x05shape\x18\x05 \x01(\x0b\x32\x15.kvlink.v1.CacheShape\x12!\n\x06recipe\x18\x06 \x01(\x0b\x32\x11.kvlink.v1.Recipe\x12!\n\x06prompt\x18\x07 \x01(\x0b\x32\x11.kvlink.v1.Prompt\x12\x16\n\x0e\x63ontext_digest\x18\x08 \x01(\x0c\x12\x12\n\ntext_bytes\x18\t \x01(\x04\"i\n\x0b\x46ingerprint\x12\x0f\n\x07weights\x18\x01 \x01(\x0c\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\x0c\x12\x0e\n\x06rotary\x18\x03 \x01(\x0c\x12\x11\n\ttokenizer\x18\x04 \x01(\x0c\x12\x10\n\x08template\x18\x05 \x01(\x0c\"\x9f\x01\n\nCacheShape\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x10\n\x08kv_heads\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x11\n\thead_size\x18\x04 \x01(\r\x12\x1f\n\x05\x64type\x18\x05 \x01(\x0e\x32\x10.kvlink.v1.Dtype\x12+\n\x0cwhole_layers\x18\x06 \x03(\x0b\x32\x15.kvlink.v1.WholeLayer\"0\n\nWholeLayer\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x0bheld_tokens\x18\x02 \x01(\r\"6\n\x06\x41mount\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x1d\n\x04unit\x18\x02 \x01(\x0e\x32\x0f.kvlink.v1.Unit\"\xeb\x01\n\tSelection\x12!\n\x06method\x18\x01 \x01(\x0e\x32\x11.kvlink.v1.Method\x12!\n\x06\x61mount\x18\x02 \x01(\x0b\x32\x11.kvlink.v1.Amount\x12\x1f\n\x05scope\x18\x03 \x01(\x0e\x32\x10.kvlink.v1.Scope\x12\x1d\n\x04when\x18\x04 \x01(\x0e\x32\x0f.kvlink.v1.When\x12\r\n\x05sinks\x18\x05 \x01(\r\x12\x0e\n\x06recent\x18\x06 \x01(\r\x12\x0c\n\x04pool\x18\x07 \x01(\r\x12\x0e\n\x06window\x18\x08 \x01(\r\x12\x0c\n\x04seed\x18\t \x01(\r\x12\r\n\x05press\x18\n \x01(\t\"l\n\tQuantizer\x12\x0c\n\x04\x62its\x18\x01 \x01(\r\x12\x1d\n\x04\x61xis\x18\x02 \x01(\x0e\x32\x0f.kvlink.v1.Axis\x12\r\n\x05group\x18\x03 \x01(\r\x12\x11\n\tsymmetric\x18\x04 \x01(\x08\x12\x10\n\x08lossless\x18\x05 \x01(\x08\"h\n\rLayerOverride\x12\r\n\x05layer\x18\x01 \x01(\r\x12\"\n\x04keys\x18\x02 \x01(\x0b\x32\x14.kvlink.v1.Quantizer\x12$\n\x06values\x18\x03 \x01(\x0b\x32\x14.kvlink.v1.Quantizer\"\x8d\x01\n\x05\x43odec\x12)\n\tquantized\x18\x01 \x01(\x0b\x32\x14.kvlink.v1.QuantizedH\x00\x12&\n\x08low_rank\x18\x02 \x01(\x0b\x32\x12.kvlink.v1.LowRankH\x00\x12)\n\ttransform\x18\x03 \x01(\x0b\x32\x14.kvlink.v1.TransformH\x00\x42\x06\n\x04kind\"\x82\x01\n\tQuantized\x12\"\n\x04keys\x18\x01 \x01(\x0b\x32\x14.kvlink.v1.Quantizer\x12$\n\x06values\x18\x02 \x01(\x0b\x32\x14.kvlink.v1.Quantizer\x12+\n\toverrides\x18\x03 \x03(\x0b\x32\x18.kvlink.v1.LayerOverride\">\n\x07LowRank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12%\n\x07\x66\x61\x63tors\x18\x02 \x01(\x0b\x32\x14.kvlink.v1.Quantized\"S\n\tTransform\x12\x11\n\tstep_code\x18\x01 \x01(\x11\x12\r\n\x05\x62\x61sis\x18\x02 \x01(\t\x12\x16\n\trest_code\x18\x03 \x01(\x11H\x00\x88\x01\x01\x42\x0c\n\n_rest_code\"\x92\x01\n\x06Recipe\x12\x1d\n\x04mode\x18\x01 \x01(\x0e\x32\x0f.kvlink.v1.Mode\x12\'\n\tselection\x18\x02 \x01(\x0b\x32\x14.kvlink.v1.Selection\x12\x1f\n\x05\x63odec\x18\x03 \x01(\x0b\x32\x10.kvlink.v1.Codec\x12\x1f\n\x05\x63oder\x18\x04 \x01(\x0e\x32\x10.kvlink.v1.Coder\"<\n\x06Prompt\x12\x13\n\x0btemplate_id\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\x0c\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x0c\"<\n\x04Part\x12\x1f\n\x05\x63oder\x18\x01 \x01(\x0e\x32\x10.kvlink.v1.Coder\x12\x13\n\x0b\x63oded_bytes\x18\x02 \x01(\x04\"\x99\x01\n\rSegmentHeader\x12\r\n\x05index\x18\x01 \x01(\r\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.kvlink.v1.SegmentKind\x12\x0c\n\x04kept\x18\x03 \x01(\r\x12\x10\n\x08map_sets\x18\x04 \x01(\r\x12\x1e\n\x05parts\x18\x05 \x03(\x0b\x32\x0f.kvlink.v1.Part\x12\x13\n\x0bscale_bytes\x18\x06 \x01(\x0c\"5\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x02 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"\x1c\n\nSegmentEnd\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\'\n\x03\x45nd\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x10\n\x08segments\x18\x02 \x01(\r*Y\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0b\n\x07MODE_KV\x10\x01\x12\r\n\tMODE_TEXT\x10\x02\x12\x0e\n\nMODE_SCOUT\x10\x03\x12\x0f\n\x0bMODE_HYBRID\x10\x04*X\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT32\x10\x03*[\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0e\n\nUNIT_RATIO\x10\x01\x12\x0e\n\nUNIT_COUNT\x10\x02\x12\r\n\tUNIT_MASS\x10\x03\x12\x0e\n\nUNIT_BYTES\x10\x04*\xd0\x01\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x0e\n\nMETHOD_ALL\x10\x01\x12\x0e\n\nMETHOD_Q2C\x10\x02\x12\x14\n\x10METHOD_Q2C_DRAFT\x10\x03\x12\x11\n\rMETHOD_SNAPKV\x10\x04\x12\x1a\n\x16METHOD_SNAPKV_QUESTION\x10\x05\x12\x0e\n\nMETHOD_H2O\x10\x06\x12\x14\n\x10METHOD_STREAMING\x10\x07\x12\x11\n\rMETHOD_RANDOM\x10\x08\x12\x10\n\x0cMETHOD_PRESS\x10\t*@\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSCOPE_SHARED\x10\x01\x12\x0e\n\nSCOPE_HEAD\x10\x02*=\n\x04When\x12\x14\n\x10WHEN_UNSPECIFIED\x10\x00\x12\x0e\n\nWHEN_AFTER\x10\x01\x12\x0f\n\x0bWHEN_DURING\x10\x02*>\n\x04\x41xis\x12\x14\n\x10\x41XIS_UNSPECIFIED\x10\x00\x12\x0e\n\nAXIS_TOKEN\x10\x01\x12\x10\n\x0c\x41XIS_CHANNEL\x10\x02*{\n\x0bSegmentKind\x12\x1c\n\x18SEGMENT_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16SEGMENT_KIND_POSITIONS\x10\x01\x12\x15\n\x11SEGMENT_KIND_TEXT\x10\x02\x12\x1b\n\x17SEGMENT_KIND_REFINEMENT\x10\x03*R\n\x05\x43oder\x12\x15\n\x11\x43ODER_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43ODER_IDENTITY\x10\x01\x12\x0e\n\nCODER_ZSTD\x10\x02\x12\x0e\n\nCODER_RANS\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvlink.v1.wire_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODE']._serialized_start=1973
-  _globals['_MODE']._serialized_end=2062
-  _globals['_SEGMENTKIND']._serialized_start=2064
-  _globals['_SEGMENTKIND']._serialized_end=2187
-  _globals['_CODER']._serialized_start=2189
-  _globals['_CODER']._serialized_end=2271
+  _globals['_MODE']._serialized_start=2374
+  _globals['_MODE']._serialized_end=2463
+  _globals['_DTYPE']._serialized_start=2465
+  _globals['_DTYPE']._serialized_end=2553
+  _globals['_UNIT']._serialized_start=2555
+  _globals['_UNIT']._serialized_end=2646
+  _globals['_METHOD']._serialized_start=2649
+  _globals['_METHOD']._serialized_end=2857
+  _globals['_SCOPE']._serialized_start=2859
+  _globals['_SCOPE']._serialized_end=2923
+  _globals['_WHEN']._serialized_start=2925
+  _globals['_WHEN']._serialized_end=2986
+  _globals['_AXIS']._serialized_start=2988
+  _globals['_AXIS']._serialized_end=3050
+  _globals['_SEGMENTKIND']._serialized_start=3052
+  _globals['_SEGMENTKIND']._serialized_end=3175
+  _globals['_CODER']._serialized_start=3177
+  _globals['_CODER']._serialized_end=3259
   _globals['_FRAME']._serialized_start=36
   _globals['_FRAME']._serialized_end=274
   _globals['_MANIFEST']._serialized_start=277
@@ -44,29 +56,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FINGERPRINT']._serialized_start=564
   _globals['_FINGERPRINT']._serialized_end=669
   _globals['_CACHESHAPE']._serialized_start=672
-  _globals['_CACHESHAPE']._serialized_end=813
-  _globals['_WHOLELAYER']._serialized_start=815
-  _globals['_WHOLELAYER']._serialized_end=863
-  _globals['_AMOUNT']._serialized_start=865
-  _globals['_AMOUNT']._serialized_end=902
-  _globals['_SELECTION']._serialized_start=905
-  _globals['_SELECTION']._serialized_end=1071
-  _globals['_QUANTIZER']._serialized_start=1073
-  _globals['_QUANTIZER']._serialized_end=1164
-  _globals['_LAYEROVERRIDE']._serialized_start=1166
-  _globals['_LAYEROVERRIDE']._serialized_end=1270
-  _globals['_RECIPE']._serialized_start=1273
-  _globals['_RECIPE']._serialized_end=1565
-  _globals['_PROMPT']._serialized_start=1567
-  _globals['_PROMPT']._serialized_end=1627
-  _globals['_PART']._serialized_start=1629
-  _globals['_PART']._serialized_end=1689
-  _globals['_SEGMENTHEADER']._serialized_start=1692
-  _globals['_SEGMENTHEADER']._serialized_end=1845
-  _globals['_CHUNK']._serialized_start=1847
-  _globals['_CHUNK']._serialized_end=1900
-  _globals['_SEGMENTEND']._serialized_start=1902
-  _globals['_SEGMENTEND']._serialized_end=1930
-  _globals['_END']._serialized_start=1932
-  _globals['_END']._serialized_end=1971
+  _globals['_CACHESHAPE']._serialized_end=831
+  _globals['_WHOLELAYER']._serialized_start=833
+  _globals['_WHOLELAYER']._serialized_end=881
+  _globals['_AMOUNT']._serialized_start=883
+  _globals['_AMOUNT']._serialized_end=937
+  _globals['_SELECTION']._serialized_start=940
+  _globals['_SELECTION']._serialized_end=1175
+  _globals['_QUANTIZER']._serialized_start=1177
+  _globals['_QUANTIZER']._serialized_end=1285
+  _globals['_LAYEROVERRIDE']._serialized_start=1287
+  _globals['_LAYEROVERRIDE']._serialized_end=1391
+  _globals['_CODEC']._serialized_start=1394
+  _globals['_CODEC']._serialized_end=1535
+  _globals['_QUANTIZED']._serialized_start=1538
+  _globals['_QUANTIZED']._serialized_end=1668
+  _globals['_LOWRANK']._serialized_start=1670
+  _globals['_LOWRANK']._serialized_end=1732
+  _globals['_TRANSFORM']._serialized_start=1734
+  _globals['_TRANSFORM']._serialized_end=1817
+  _globals['_RECIPE']._serialized_start=1820
+  _globals['_RECIPE']._serialized_end=1966
+  _globals['_PROMPT']._serialized_start=1968
+  _globals['_PROMPT']._serialized_end=2028
+  _globals['_PART']._serialized_start=2030
+  _globals['_PART']._serialized_end=2090
+  _globals['_SEGMENTHEADER']._serialized_start=2093
+  _globals['_SEGMENTHEADER']._serialized_end=2246
+  _globals['_CHUNK']._serialized_start=2248
+  _globals['_CHUNK']._serialized_end=2301
+  _globals['_SEGMENTEND']._serialized_start=2303
+  _globals['_SEGMENTEND']._serialized_end=2331
+  _globals['_END']._serialized_start=2333
+  _globals['_END']._serialized_end=2372
 # @@protoc_insertion_point(module_scope)

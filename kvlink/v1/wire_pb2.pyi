@@ -15,6 +15,52 @@ class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODE_SCOUT: _ClassVar[Mode]
     MODE_HYBRID: _ClassVar[Mode]
 
+class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[Dtype]
+    DTYPE_BFLOAT16: _ClassVar[Dtype]
+    DTYPE_FLOAT16: _ClassVar[Dtype]
+    DTYPE_FLOAT32: _ClassVar[Dtype]
+
+class Unit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    UNIT_UNSPECIFIED: _ClassVar[Unit]
+    UNIT_RATIO: _ClassVar[Unit]
+    UNIT_COUNT: _ClassVar[Unit]
+    UNIT_MASS: _ClassVar[Unit]
+    UNIT_BYTES: _ClassVar[Unit]
+
+class Method(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    METHOD_UNSPECIFIED: _ClassVar[Method]
+    METHOD_ALL: _ClassVar[Method]
+    METHOD_Q2C: _ClassVar[Method]
+    METHOD_Q2C_DRAFT: _ClassVar[Method]
+    METHOD_SNAPKV: _ClassVar[Method]
+    METHOD_SNAPKV_QUESTION: _ClassVar[Method]
+    METHOD_H2O: _ClassVar[Method]
+    METHOD_STREAMING: _ClassVar[Method]
+    METHOD_RANDOM: _ClassVar[Method]
+    METHOD_PRESS: _ClassVar[Method]
+
+class Scope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SCOPE_UNSPECIFIED: _ClassVar[Scope]
+    SCOPE_SHARED: _ClassVar[Scope]
+    SCOPE_HEAD: _ClassVar[Scope]
+
+class When(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WHEN_UNSPECIFIED: _ClassVar[When]
+    WHEN_AFTER: _ClassVar[When]
+    WHEN_DURING: _ClassVar[When]
+
+class Axis(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    AXIS_UNSPECIFIED: _ClassVar[Axis]
+    AXIS_TOKEN: _ClassVar[Axis]
+    AXIS_CHANNEL: _ClassVar[Axis]
+
 class SegmentKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SEGMENT_KIND_UNSPECIFIED: _ClassVar[SegmentKind]
@@ -33,6 +79,34 @@ MODE_KV: Mode
 MODE_TEXT: Mode
 MODE_SCOUT: Mode
 MODE_HYBRID: Mode
+DTYPE_UNSPECIFIED: Dtype
+DTYPE_BFLOAT16: Dtype
+DTYPE_FLOAT16: Dtype
+DTYPE_FLOAT32: Dtype
+UNIT_UNSPECIFIED: Unit
+UNIT_RATIO: Unit
+UNIT_COUNT: Unit
+UNIT_MASS: Unit
+UNIT_BYTES: Unit
+METHOD_UNSPECIFIED: Method
+METHOD_ALL: Method
+METHOD_Q2C: Method
+METHOD_Q2C_DRAFT: Method
+METHOD_SNAPKV: Method
+METHOD_SNAPKV_QUESTION: Method
+METHOD_H2O: Method
+METHOD_STREAMING: Method
+METHOD_RANDOM: Method
+METHOD_PRESS: Method
+SCOPE_UNSPECIFIED: Scope
+SCOPE_SHARED: Scope
+SCOPE_HEAD: Scope
+WHEN_UNSPECIFIED: When
+WHEN_AFTER: When
+WHEN_DURING: When
+AXIS_UNSPECIFIED: Axis
+AXIS_TOKEN: Axis
+AXIS_CHANNEL: Axis
 SEGMENT_KIND_UNSPECIFIED: SegmentKind
 SEGMENT_KIND_POSITIONS: SegmentKind
 SEGMENT_KIND_TEXT: SegmentKind
@@ -106,9 +180,9 @@ class CacheShape(_message.Message):
     kv_heads: int
     tokens: int
     head_size: int
-    dtype: str
+    dtype: Dtype
     whole_layers: _containers.RepeatedCompositeFieldContainer[WholeLayer]
-    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., tokens: _Optional[int] = ..., head_size: _Optional[int] = ..., dtype: _Optional[str] = ..., whole_layers: _Optional[_Iterable[_Union[WholeLayer, _Mapping]]] = ...) -> None: ...
+    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., tokens: _Optional[int] = ..., head_size: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., whole_layers: _Optional[_Iterable[_Union[WholeLayer, _Mapping]]] = ...) -> None: ...
 
 class WholeLayer(_message.Message):
     __slots__ = ("layer", "held_tokens")
@@ -123,11 +197,11 @@ class Amount(_message.Message):
     VALUE_FIELD_NUMBER: _ClassVar[int]
     UNIT_FIELD_NUMBER: _ClassVar[int]
     value: float
-    unit: str
-    def __init__(self, value: _Optional[float] = ..., unit: _Optional[str] = ...) -> None: ...
+    unit: Unit
+    def __init__(self, value: _Optional[float] = ..., unit: _Optional[_Union[Unit, str]] = ...) -> None: ...
 
 class Selection(_message.Message):
-    __slots__ = ("method", "amount", "scope", "when", "sinks", "recent", "pool", "window", "seed")
+    __slots__ = ("method", "amount", "scope", "when", "sinks", "recent", "pool", "window", "seed", "press")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     AMOUNT_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
@@ -137,16 +211,18 @@ class Selection(_message.Message):
     POOL_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
-    method: str
+    PRESS_FIELD_NUMBER: _ClassVar[int]
+    method: Method
     amount: Amount
-    scope: str
-    when: str
+    scope: Scope
+    when: When
     sinks: int
     recent: int
     pool: int
     window: int
     seed: int
-    def __init__(self, method: _Optional[str] = ..., amount: _Optional[_Union[Amount, _Mapping]] = ..., scope: _Optional[str] = ..., when: _Optional[str] = ..., sinks: _Optional[int] = ..., recent: _Optional[int] = ..., pool: _Optional[int] = ..., window: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+    press: str
+    def __init__(self, method: _Optional[_Union[Method, str]] = ..., amount: _Optional[_Union[Amount, _Mapping]] = ..., scope: _Optional[_Union[Scope, str]] = ..., when: _Optional[_Union[When, str]] = ..., sinks: _Optional[int] = ..., recent: _Optional[int] = ..., pool: _Optional[int] = ..., window: _Optional[int] = ..., seed: _Optional[int] = ..., press: _Optional[str] = ...) -> None: ...
 
 class Quantizer(_message.Message):
     __slots__ = ("bits", "axis", "group", "symmetric", "lossless")
@@ -156,11 +232,11 @@ class Quantizer(_message.Message):
     SYMMETRIC_FIELD_NUMBER: _ClassVar[int]
     LOSSLESS_FIELD_NUMBER: _ClassVar[int]
     bits: int
-    axis: str
+    axis: Axis
     group: int
     symmetric: bool
     lossless: bool
-    def __init__(self, bits: _Optional[int] = ..., axis: _Optional[str] = ..., group: _Optional[int] = ..., symmetric: bool = ..., lossless: bool = ...) -> None: ...
+    def __init__(self, bits: _Optional[int] = ..., axis: _Optional[_Union[Axis, str]] = ..., group: _Optional[int] = ..., symmetric: bool = ..., lossless: bool = ...) -> None: ...
 
 class LayerOverride(_message.Message):
     __slots__ = ("layer", "keys", "values")
@@ -172,29 +248,55 @@ class LayerOverride(_message.Message):
     values: Quantizer
     def __init__(self, layer: _Optional[int] = ..., keys: _Optional[_Union[Quantizer, _Mapping]] = ..., values: _Optional[_Union[Quantizer, _Mapping]] = ...) -> None: ...
 
-class Recipe(_message.Message):
-    __slots__ = ("mode", "selection", "keys", "values", "rank", "coder", "overrides", "transform", "basis", "rest")
-    MODE_FIELD_NUMBER: _ClassVar[int]
-    SELECTION_FIELD_NUMBER: _ClassVar[int]
+class Codec(_message.Message):
+    __slots__ = ("quantized", "low_rank", "transform")
+    QUANTIZED_FIELD_NUMBER: _ClassVar[int]
+    LOW_RANK_FIELD_NUMBER: _ClassVar[int]
+    TRANSFORM_FIELD_NUMBER: _ClassVar[int]
+    quantized: Quantized
+    low_rank: LowRank
+    transform: Transform
+    def __init__(self, quantized: _Optional[_Union[Quantized, _Mapping]] = ..., low_rank: _Optional[_Union[LowRank, _Mapping]] = ..., transform: _Optional[_Union[Transform, _Mapping]] = ...) -> None: ...
+
+class Quantized(_message.Message):
+    __slots__ = ("keys", "values", "overrides")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
-    RANK_FIELD_NUMBER: _ClassVar[int]
-    CODER_FIELD_NUMBER: _ClassVar[int]
     OVERRIDES_FIELD_NUMBER: _ClassVar[int]
-    TRANSFORM_FIELD_NUMBER: _ClassVar[int]
-    BASIS_FIELD_NUMBER: _ClassVar[int]
-    REST_FIELD_NUMBER: _ClassVar[int]
-    mode: str
-    selection: Selection
     keys: Quantizer
     values: Quantizer
-    rank: int
-    coder: str
     overrides: _containers.RepeatedCompositeFieldContainer[LayerOverride]
-    transform: int
+    def __init__(self, keys: _Optional[_Union[Quantizer, _Mapping]] = ..., values: _Optional[_Union[Quantizer, _Mapping]] = ..., overrides: _Optional[_Iterable[_Union[LayerOverride, _Mapping]]] = ...) -> None: ...
+
+class LowRank(_message.Message):
+    __slots__ = ("rank", "factors")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    FACTORS_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    factors: Quantized
+    def __init__(self, rank: _Optional[int] = ..., factors: _Optional[_Union[Quantized, _Mapping]] = ...) -> None: ...
+
+class Transform(_message.Message):
+    __slots__ = ("step_code", "basis", "rest_code")
+    STEP_CODE_FIELD_NUMBER: _ClassVar[int]
+    BASIS_FIELD_NUMBER: _ClassVar[int]
+    REST_CODE_FIELD_NUMBER: _ClassVar[int]
+    step_code: int
     basis: str
-    rest: int
-    def __init__(self, mode: _Optional[str] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., keys: _Optional[_Union[Quantizer, _Mapping]] = ..., values: _Optional[_Union[Quantizer, _Mapping]] = ..., rank: _Optional[int] = ..., coder: _Optional[str] = ..., overrides: _Optional[_Iterable[_Union[LayerOverride, _Mapping]]] = ..., transform: _Optional[int] = ..., basis: _Optional[str] = ..., rest: _Optional[int] = ...) -> None: ...
+    rest_code: int
+    def __init__(self, step_code: _Optional[int] = ..., basis: _Optional[str] = ..., rest_code: _Optional[int] = ...) -> None: ...
+
+class Recipe(_message.Message):
+    __slots__ = ("mode", "selection", "codec", "coder")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    SELECTION_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CODER_FIELD_NUMBER: _ClassVar[int]
+    mode: Mode
+    selection: Selection
+    codec: Codec
+    coder: Coder
+    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., codec: _Optional[_Union[Codec, _Mapping]] = ..., coder: _Optional[_Union[Coder, str]] = ...) -> None: ...
 
 class Prompt(_message.Message):
     __slots__ = ("template_id", "before", "after")

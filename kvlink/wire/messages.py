@@ -9,13 +9,14 @@ Does not know: sessions, sockets, tensors. Place on the path: just inside the wi
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import cast
 
 from kvlink import bounds
-from kvlink.errors import KvlinkError, RecipeError, RemoteProtocolError
-from kvlink.payload import CacheShape, Fingerprint, Prompt
-from kvlink.recipe import Amount, LayerOverride, Mode, Quantizer, Recipe, Selection
+from kvlink.errors import KvlinkError, RemoteProtocolError
+from kvlink.payload import CacheShape, Fingerprint, Mode, Prompt
+from kvlink.recipe import Recipe
 from kvlink.v1 import wire_pb2 as pb
+from kvlink.wire.mapping import read, write
 
 PROTOCOL_VERSION = 1
 DIGEST_BYTES = 16
@@ -40,6 +41,7 @@ class Manifest:
         return self.recipe.mode
 
 
+_DTYPES = {"bfloat16": pb.DTYPE_BFLOAT16, "float16": pb.DTYPE_FLOAT16, "float32": pb.DTYPE_FLOAT32}
 _MODES: dict[Mode, pb.Mode] = {"kv": pb.MODE_KV, "text": pb.MODE_TEXT}
 
 
@@ -58,64 +60,14 @@ def fingerprint_from_proto(message: pb.Fingerprint) -> Fingerprint:
 
 
 def recipe_to_proto(recipe: Recipe) -> pb.Recipe:
-    selection = recipe.selection
-    return pb.Recipe(
-        mode=recipe.mode,
-        selection=pb.Selection(
-            amount=pb.Amount(value=selection.amount.value, unit=selection.amount.unit),
-            **{n: getattr(selection, n) for n in _SELECTION_FIELDS},
-        ),
-        keys=_quantizer_to_proto(recipe.keys),
-        values=_quantizer_to_proto(recipe.values),
-        rank=recipe.rank,
-        coder=recipe.coder,
-        transform=recipe.transform,
-        rest=recipe.rest,
-        basis="" if recipe.basis == "auto" else recipe.basis,
-        overrides=[
-            pb.LayerOverride(
-                layer=o.layer, keys=_quantizer_to_proto(o.keys), values=_quantizer_to_proto(o.values)
-            )
-            for o in recipe.overrides
-        ],
-    )
-
-
-_SELECTION_FIELDS = ("method", "scope", "when", "sinks", "recent", "pool", "window", "seed")
-_QUANTIZER_FIELDS = ("bits", "axis", "group", "symmetric", "lossless")
-
-
-def _quantizer_to_proto(value: Quantizer) -> pb.Quantizer:
-    return pb.Quantizer(**{n: getattr(value, n) for n in _QUANTIZER_FIELDS})
-
-
-def _quantizer_from_proto(message: pb.Quantizer) -> Quantizer:
-    return Quantizer(**{n: getattr(message, n) for n in _QUANTIZER_FIELDS})
+    message = pb.Recipe()
+    write(recipe, message)
+    return message
 
 
 def recipe_from_proto(message: pb.Recipe) -> Recipe:
-    """Raises RecipeError where a value is out of range."""
-    if len(message.overrides) > bounds.LAYERS.most:
-        raise RecipeError(f"layer overrides: {bounds.LAYERS}, found {len(message.overrides):,}")
-    chosen: dict[str, Any] = {n: getattr(message.selection, n) for n in _SELECTION_FIELDS}
-    amount = message.selection.amount
-    if amount.unit not in ("ratio", "count", "mass", "bytes"):
-        raise RecipeError(f"retention unit must be ratio, count, mass or bytes, got {amount.unit!r}")
-    return Recipe(
-        mode=cast(Mode, message.mode),
-        selection=Selection(amount=Amount(amount.value, cast(Any, amount.unit)), **chosen),
-        keys=_quantizer_from_proto(message.keys),
-        values=_quantizer_from_proto(message.values),
-        rank=message.rank,
-        coder=cast(Any, message.coder),
-        transform=message.transform if message.HasField("transform") else None,
-        basis=message.basis or "auto",
-        rest=message.rest if message.HasField("rest") else None,
-        overrides=tuple(
-            LayerOverride(o.layer, _quantizer_from_proto(o.keys), _quantizer_from_proto(o.values))
-            for o in message.overrides
-        ),
-    )
+    """Raises RemoteProtocolError and RecipeError where a value is not of its set or out of range."""
+    return cast(Recipe, read(message, Recipe))
 
 
 def shape_to_proto(shape: CacheShape) -> pb.CacheShape:
@@ -124,7 +76,7 @@ def shape_to_proto(shape: CacheShape) -> pb.CacheShape:
         kv_heads=shape.kv_heads,
         tokens=shape.tokens,
         head_size=shape.head_size,
-        dtype=shape.dtype,
+        dtype=_DTYPES[shape.dtype],
         whole_layers=[pb.WholeLayer(layer=i, held_tokens=n) for i, n in shape.whole_layers],
     )
 
@@ -137,10 +89,9 @@ def shape_from_proto(message: pb.CacheShape) -> CacheShape:
         value = getattr(message, name)
         if not 1 <= value <= most:
             raise RemoteProtocolError(f"shape.{name} must be from 1 to {most}, found {value}")
-    if message.dtype not in ("bfloat16", "float16", "float32"):
-        raise RemoteProtocolError(
-            f"shape.dtype must be bfloat16, float16 or float32, found {message.dtype!r}"
-        )
+    dtype = next((name for name, number in _DTYPES.items() if number == message.dtype), None)
+    if dtype is None:
+        raise RemoteProtocolError(f"shape.dtype must be one of {', '.join(_DTYPES)}, found {message.dtype}")
     if len(message.whole_layers) > message.layers:
         raise RemoteProtocolError(
             f"shape.whole_layers: at most {message.layers}, found {len(message.whole_layers):,}"
@@ -153,9 +104,7 @@ def shape_from_proto(message: pb.CacheShape) -> CacheShape:
         )
     if any(not 1 <= held <= message.tokens for _, held in whole):
         raise RemoteProtocolError("shape.whole_layers: held tokens must be from 1 to shape.tokens")
-    return CacheShape(
-        message.layers, message.kv_heads, message.tokens, message.head_size, message.dtype, whole
-    )
+    return CacheShape(message.layers, message.kv_heads, message.tokens, message.head_size, dtype, whole)
 
 
 def manifest_to_proto(value: Manifest) -> pb.Manifest:

@@ -20,6 +20,7 @@ import google_crc32c
 from blake3 import blake3
 from google.protobuf.message import DecodeError
 
+from kvlink.codecs.base import SIDES
 from kvlink.errors import (
     IntegrityError,
     KvlinkError,
@@ -28,7 +29,7 @@ from kvlink.errors import (
     RemoteProtocolError,
     TruncatedError,
 )
-from kvlink.payload import CacheShape, EncodedSegment, EncodedTensor, Part, PartKind, held_tokens, plain_sizes
+from kvlink.payload import CacheShape, EncodedSegment, EncodedTensor, Part, PartKind
 from kvlink.recipe import Recipe
 from kvlink.v1 import wire_pb2 as pb
 from kvlink.wire.messages import Manifest, manifest_from_proto, manifest_to_proto
@@ -371,13 +372,13 @@ def _expected_parts(
         plain.append(("map", message.map_sets * -(-shape.tokens // 8)))
     tensors: list[Any] = []
     for layer in range(shape.layers):
-        held = held_tokens(recipe, shape, layer, message.kept)
-        sides: tuple[Literal["keys", "values"], ...] = ("keys", "values")
-        for side in sides:
+        held = shape.held_tokens(layer, shape.tokens if recipe.covers_all else message.kept)
+        tensor = (shape.kv_heads, held, shape.head_size)
+        for side in SIDES:
             scale_bytes = message.scale_bytes[len(tensors)]
-            sizes = plain_sizes(recipe, shape, layer, side, held, scale_bytes)
+            sizes = recipe.codec.part_sizes(layer, side, tensor, shape.element_bytes, scale_bytes)
             plain += sizes
-            tensors.append((layer, side, (shape.kv_heads, held, shape.head_size), scale_bytes, len(sizes)))
+            tensors.append((layer, side, tensor, scale_bytes, len(sizes)))
     return plain, tensors
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvlink.agent.adapt import INT8_GRADE, automatic, finer, step_for
+from kvlink.agent.adapt import INT8_GRADE, automatic, step_for
 from kvlink.agent.receiver import Receiver
 from kvlink.agent.receiver_service import ReceiverService
 from kvlink.agent.sender import Sender
@@ -36,7 +36,7 @@ def context(sender):
 def test_auto_is_the_step_that_the_profile_says_the_model_bears(tiny, sender, context):
     measured = {code: share for code, share in tiny.profile.quality if share >= 0.99}
     recipe = sender.recipe("auto")
-    assert recipe.transform == max(measured, default=INT8_GRADE)
+    assert recipe.codec.step_code == max(measured, default=INT8_GRADE)
     assert recipe.selection.method == "all"
     transfer = sender.pack(context, "", "auto")
     assert tiny.profile.digest.hex() in transfer.receipt.recipe
@@ -45,7 +45,7 @@ def test_auto_is_the_step_that_the_profile_says_the_model_bears(tiny, sender, co
 def test_without_a_profile_auto_is_as_fine_as_int8(tiny, context):
     plain = Sender(replace(tiny, profile=None))
     recipe = plain.recipe("auto")
-    assert recipe.transform == INT8_GRADE
+    assert recipe.codec.step_code == INT8_GRADE
     found = plain.certify(context, ITEM.question, plain.pack(context, ITEM.question, recipe))
     rough = plain.certify(context, ITEM.question, plain.pack(context, ITEM.question, "int8"))
     assert found.passed
@@ -59,7 +59,7 @@ def test_steps_follow_what_was_measured(tiny):
     assert step_for(profile, 0.99) == 0
     assert step_for(profile, 0.5) == 4
     assert step_for(replace(profile, quality=((0, 0.5),)), 0.9) == INT8_GRADE
-    assert automatic(profile).transform == 0
+    assert automatic(profile).codec.step_code == 0
 
 
 @pytest.mark.parametrize("bits", [0.8, 1.5, 3.0])
@@ -68,7 +68,7 @@ def test_bits_are_the_most_that_a_message_has_and_are_used(sender, context, bits
     assert 0.75 * bits < found <= bits
     selected = sender.pack(context, ITEM.question, "q2c@0.5 transform=1", Wish(max_bits=bits))
     assert selected.receipt.bits_per_element <= bits
-    assert selected.manifest.recipe.transform < Recipe.parse("transform=1").transform or bits < 1
+    assert selected.manifest.recipe.codec.step_code < 0 or bits < 1
 
 
 def test_a_budget_takes_all_positions_where_they_fit_and_chooses_where_not(sender, context):
@@ -116,7 +116,7 @@ def test_a_message_that_does_not_pass_is_made_finer_until_it_does(tiny, sender, 
 def test_recipes_grow_finer_to_the_whole_cache():
     for text in ("int1", "transform=64", "q2c@0.1 transform=4 rest=16", "q2c@0.1 int4 svd=8 layers=0:int8"):
         recipe, seen = Recipe.parse(text), 0
-        while (next_one := finer(recipe)) is not None:
+        while (next_one := recipe.finer()) is not None:
             recipe, seen = next_one, seen + 1
             assert seen < 16
         assert recipe == Recipe.parse("raw")

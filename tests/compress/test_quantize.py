@@ -8,10 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvlink.codecs import Quantizer
 from kvlink.compress.quantize import dequantize, pack_bits, quantize, unpack_bits
 from kvlink.errors import CodecError
-from kvlink.payload import quantized_sizes
-from kvlink.recipe import Quantizer
 
 BITS = (8, 4, 3, 2, 1)
 
@@ -80,7 +79,7 @@ def test_one_bit_is_sign_times_mean_magnitude_around_the_mean(case):
 def test_sizes_are_known_before_the_bytes(case):
     q, x = case
     scales, codes, width = quantize(x, q)
-    assert quantized_sizes(q, tuple(x.shape), 2, width) == [("scales", len(scales)), ("codes", len(codes))]
+    assert q.part_sizes(tuple(x.shape), 2, width) == [("scales", len(scales)), ("codes", len(codes))]
 
 
 @given(st.sampled_from(BITS), st.integers(0, 100), st.integers(0, 10**6))

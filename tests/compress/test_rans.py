@@ -10,7 +10,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlink.compress import rans
+from kvlink.compress.codecs import rans
 from kvlink.errors import CodecError
 
 NUMBERS = range(rans.LOWEST, rans.HIGHEST + 1)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from kvlink.cache import KVCache, LayerCache, full_positions
 from kvlink.compress.codec import decode, encode
-from kvlink.compress.transform import Known, rotated, unrotated
+from kvlink.compress.codecs import CodecContext
+from kvlink.compress.codecs.transform import rotated, unrotated
 from kvlink.errors import CodecError, RecipeError
 from kvlink.payload import Fingerprint
 from kvlink.profile import Profile, make_side
@@ -29,9 +30,9 @@ def turns(tokens: int, size: int, layers: int) -> tuple[tuple[torch.Tensor, torc
     return ((angle.cos(), angle.sin()),) * layers
 
 
-def known(tokens: int, heads: int, size: int, layers: int, profile: Profile | None = None) -> Known:
+def known(tokens: int, heads: int, size: int, layers: int, profile: Profile | None = None) -> CodecContext:
     ones = torch.ones(heads * size, dtype=torch.float64)
-    return Known(turns(tokens, size - size % 2, layers), profile, ((ones, ones),) * layers)
+    return CodecContext(turns(tokens, size - size % 2, layers), profile, ((ones, ones),) * layers)
 
 
 def cache(tokens=40, heads=2, size=8, layers=2, dtype=torch.float32, seed=0, spread=1.0) -> KVCache:
@@ -58,7 +59,7 @@ def profile_of(full: KVCache, blocks: int) -> Profile:
     return Profile(MARKS, tuple(sides[:count]), tuple(sides[count:]), {})
 
 
-def there_and_back(full: KVCache, recipe: Recipe, what: Known, **more) -> KVCache:
+def there_and_back(full: KVCache, recipe: Recipe, what: CodecContext, **more) -> KVCache:
     return decode(encode(full, recipe, what, **more), full.shape, recipe, what)
 
 
@@ -228,10 +229,10 @@ def test_a_profile_that_is_not_here_is_refused():
         ("transform=0", "from 1/1024 to 1024"),
         ("transform=nan", "from 1/1024 to 1024"),
         ("transform=big", "must be a step"),
-        ("transform=1 int4", "takes the place of quantizers"),
-        ("transform=1 svd=4", "takes the place of quantizers"),
-        ("basis=own", "belong to a transform"),
-        ("rest=2", "belong to a transform"),
+        ("transform=1 int4", "'int4' goes with quantizers, not with transform"),
+        ("transform=1 svd=4", "'transform=1' goes with transform, not with svd"),
+        ("basis=own", "'basis=own' goes with transform"),
+        ("rest=2", "'rest=2' goes with transform"),
         ("transform=1 basis=mine", "32 hex digits"),
         ("transform=1 rest=2", "rest needs a selection"),
         ("q2c@0.5 transform=1 rest=2 scope=head", "rest needs a selection, shared"),
@@ -255,4 +256,3 @@ def test_recipes_that_make_no_sense_are_refused(text, message):
 def test_recipes_keep_their_forms(text):
     recipe = Recipe.parse(text)
     assert Recipe.parse(str(recipe)) == recipe
-    assert Recipe.from_json(recipe.to_json()) == recipe

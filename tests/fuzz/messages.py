@@ -111,7 +111,7 @@ class Maker:
         rng = self.rng
         if not field.is_repeated:
             if field.message_type:
-                if depth < 6:
+                if depth < 10:
                     getattr(message, field.name).CopyFrom(self.message(field.message_type, depth + 1))
                     getattr(message, field.name).SetInParent()
             else:
@@ -130,7 +130,7 @@ class Maker:
         elif field.message_type:
             one = (
                 [self.message(field.message_type, depth + 1) for _ in range(min(count, 3))]
-                if depth < 6
+                if depth < 10
                 else []
             )
             many.extend(rng.choice(one) for _ in range(count) if one)

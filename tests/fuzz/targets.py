@@ -62,7 +62,7 @@ def _receive_file(stream: io.BytesIO) -> list[None]:
 def recipe(data: bytes) -> None:
     """A recipe as text and as JSON, and a handle."""
     text = data.decode("utf-8", errors="replace")
-    for read in (Recipe.parse, Recipe.from_json, Handle.parse):
+    for read in (Recipe.parse, Handle.parse):
         _quietly(lambda r=read: r(text))
 
 

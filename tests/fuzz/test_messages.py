@@ -44,7 +44,7 @@ def all_paths(descriptor, head: str = "") -> set[str]:
 @pytest.mark.parametrize("name", INPUTS)
 def test_every_field_of_every_message_is_filled(name):
     maker, reached = Maker(random.Random(0), Seen()), set()
-    for _ in range(1500):
+    for _ in range(4000):
         made = maker.message(INPUTS[name])
         assert type(made).FromString(made.SerializeToString()).SerializeToString() == made.SerializeToString()
         reached |= set_paths(made)
@@ -67,16 +67,23 @@ def test_honest_messages_are_changed_in_places_and_stay_whole_themselves():
         changed = maker.changed(honest, 1)
         reached |= set_paths(changed)
     assert honest.SerializeToString() == before
-    assert "manifest.recipe.overrides.keys.bits" in reached and "manifest.shape.whole_layers.layer" in reached
+    assert (
+        "manifest.recipe.codec.quantized.overrides.keys.bits" in reached
+        and "manifest.shape.whole_layers.layer" in reached
+    )
 
 
 def test_what_was_seen_comes_again():
     seen = Seen()
-    seen.note(pb.Manifest(transfer_id=b"t" * 16, recipe=pb.Recipe(basis="own")))
+    seen.note(
+        pb.Manifest(
+            transfer_id=b"t" * 16, recipe=pb.Recipe(codec=pb.Codec(transform=pb.Transform(basis="own")))
+        )
+    )
     maker = Maker(random.Random(0), seen)
     made = [maker.message(pb.Manifest.DESCRIPTOR) for _ in range(200)]
     assert any(one.transfer_id == b"t" * 16 for one in made)
-    assert any(one.recipe.basis == "own" for one in made)
+    assert any(one.recipe.codec.transform.basis == "own" for one in made)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.kvl")))

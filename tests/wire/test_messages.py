@@ -55,7 +55,7 @@ def test_a_different_component_is_refused_by_its_name(name):
 def crowded(**lists: int) -> pb.Manifest:
     message = manifest_to_proto(make_transfer("int4")[0])
     for _ in range(lists.get("overrides", 0)):
-        message.recipe.overrides.add(layer=1)
+        message.recipe.codec.quantized.overrides.add(layer=1)
     for _ in range(lists.get("whole_layers", 0)):
         message.shape.whole_layers.add(layer=1, held_tokens=1)
     return message

@@ -232,7 +232,7 @@ HOSTILE = {
     "no layers": (_at(0, _set("manifest.shape.layers", 0)), RemoteProtocolError, "shape.layers"),
     "huge head": (_at(0, _set("manifest.shape.head_size", 2**30)), RemoteProtocolError, "shape.head_size"),
     "huge shape": (_at(0, _set("manifest.shape.tokens", 2**20)), LimitError, "context tokens"),
-    "unknown dtype": (_at(0, _set("manifest.shape.dtype", "object")), RemoteProtocolError, "shape.dtype"),
+    "unknown dtype": (_at(0, _set("manifest.shape.dtype", 9)), RemoteProtocolError, "shape.dtype"),
     "whole layer twice": (
         _at(0, lambda m: [m.manifest.shape.whole_layers.add(layer=1, held_tokens=3) for _ in range(2)]),
         RemoteProtocolError,
@@ -245,19 +245,23 @@ HOSTILE = {
     ),
     "many layers": (_at(0, _set("manifest.shape.layers", 5000)), RemoteProtocolError, "shape.layers"),
     "prompt of no text": (_at(0, _set("manifest.prompt.before", b"\xff")), RemoteProtocolError, "not UTF-8"),
-    "bits of 5": (_at(0, _set("manifest.recipe.keys.bits", 5)), RemoteProtocolError, "bits must be"),
+    "bits of 5": (
+        _at(0, _set("manifest.recipe.codec.quantized.keys.bits", 5)),
+        RemoteProtocolError,
+        "bits must be",
+    ),
     "nan retention": (
         _at(0, _set("manifest.recipe.selection.amount.value", float("nan"))),
         RemoteProtocolError,
         "finite",
     ),
     "unknown retention unit": (
-        _at(0, _set("manifest.recipe.selection.amount.unit", "x")),
+        _at(0, _set("manifest.recipe.selection.amount.unit", 99)),
         RemoteProtocolError,
-        "retention unit",
+        "selection: amount: unit: Unit 99 is not known",
     ),
     "other recipe than coded": (
-        _at(0, _set("manifest.recipe.keys.bits", 8)),
+        _at(0, _set("manifest.recipe.codec.quantized.keys.bits", 8)),
         RemoteProtocolError,
         "plain bytes",
     ),

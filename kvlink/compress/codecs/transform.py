@@ -12,57 +12,31 @@ Does not know: models, which positions were kept. Place on the path: quantize an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvlink.compress import rans
+from kvlink.codecs import Transform
+from kvlink.compress.codecs import rans
+from kvlink.compress.codecs.base import CodecContext, Place
 from kvlink.compress.quantize import narrowed
-from kvlink.errors import CodecError, RecipeError
-from kvlink.payload import EncodedTensor, Part
-from kvlink.profile import Profile, Side, octave_codes
-from kvlink.recipe import Recipe
+from kvlink.errors import CodecError
+from kvlink.payload import Part
+from kvlink.profile import octave_codes
+from kvlink.recipe import Coder
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What both ends know of the model beside a message.
-
-    `rotation`: cosine and sine of each layer's rotary embedding at positions 0 … T − 1,
-    `[T, Drot]` float32 each. `units`: for keys and values of each layer the step that the model
-    tolerates in a channel, `[C]` float64, of values relative to each other; only an encoder without
-    a profile needs them.
-    """
-
-    rotation: tuple[tuple[Tensor, Tensor], ...]
-    profile: Profile | None = None
-    units: tuple[tuple[Tensor, Tensor], ...] = ()
-
-    def side(self, recipe: Recipe, layer: int, side: str) -> Side | None:
-        """The profile's side where the recipe uses one. Raises RecipeError where it is not this one."""
-        if recipe.basis == "own":
-            return None
-        if self.profile is None or self.profile.digest.hex() != recipe.basis:
-            here = self.profile.digest.hex()[:12] if self.profile else "none"
-            raise RecipeError(f"the recipe needs profile {recipe.basis[:12]}, here is {here}")
-        return self.profile.side(layer, side)
-
-
-def encode_side(
-    tensor: Tensor, positions: Tensor, codes: Tensor, layer: int, side: str, recipe: Recipe, known: Known
+def encode(
+    codec: Transform, tensor: Tensor, place: Place, coder: Coder, context: CodecContext
 ) -> tuple[int, tuple[Part, ...]]:
-    """Bytes a scale (2 or 4) and the parts of keys or values `[H, K, D]` at `positions` `[H, K]`.
-
-    `codes` `[K]`: 4 · log2 of the step of each row.
-    """
+    """Bytes a scale (2 or 4) and the parts of keys or values `[H, K, D]`."""
     plain = tensor.detach().cpu().double()
     if not bool(plain.isfinite().all()):
         raise CodecError("a number is not finite: only raw and lossless carry it")
-    if side == "keys":
-        plain = unrotated(plain, positions, known.rotation[layer])
-    shared = known.side(recipe, layer, side)
+    if place.side == "keys":
+        plain = unrotated(plain, place.positions, context.rotation[place.layer])
+    codes = _row_codes(codec, place)
+    shared = context.statistics(codec, place)
     if shared is not None:
         blocks = len(shared.synthesis)
         rows = _blocked(plain, blocks) - shared.mean.double().reshape(blocks, 1, -1)
@@ -70,7 +44,7 @@ def encode_side(
         return 2, (_codes(found, _classes(shared.spread, codes, found.shape)),)
     rows = _blocked(plain, tensor.shape[0])
     mean, width = _mean(rows)
-    units = _channel_units(rows - mean, known.units[layer][side == "values"], side)
+    units = _channel_units(rows - mean, context.units[place.layer][place.side == "values"], place.side)
     found = (rows - mean) / _from_code(units).reshape(len(rows), 1, -1)
     spread = octave_codes(found.square().mean(1).sqrt().clamp(min=1e-9)).reshape(-1)
     header = mean.reshape(-1).to(torch.float16 if width == 2 else torch.float32).numpy().tobytes()
@@ -80,27 +54,41 @@ def encode_side(
     return width, (Part("scales", "identity", len(header), header), coded)
 
 
-def decode_side(
-    tensor: EncodedTensor, positions: Tensor, codes: Tensor, recipe: Recipe, known: Known, dtype: torch.dtype
+def decode(
+    codec: Transform,
+    parts: tuple[Part, ...],
+    scale_bytes: int,
+    place: Place,
+    kind: torch.dtype,
+    size: tuple[int, int, int],
+    context: CodecContext,
 ) -> Tensor:
-    """Keys or values `[H, K, D]` in `dtype`. Raises CodecError where the parts do not fit."""
-    heads, kept, size = tensor.shape
-    shared = known.side(recipe, tensor.layer, tensor.side)
-    steps = _from_code(codes)[None, :, None]
+    """Keys or values of `size` `[H, K, D]` in `kind`. Raises CodecError where the parts do not fit."""
+    heads, kept, channels = size
+    codes = _row_codes(codec, place)
+    shared, steps = context.statistics(codec, place), _from_code(codes)[None, :, None]
     if shared is not None:
-        shape = (len(shared.synthesis), kept, heads * size // len(shared.synthesis))
-        found = _symbols(tensor.parts[0], _classes(shared.spread, codes, shape), shape) * steps
+        shape = (len(shared.synthesis), kept, heads * channels // len(shared.synthesis))
+        found = _symbols(parts[0], _classes(shared.spread, codes, shape), shape) * steps
         rows = torch.einsum("bkd,bcd->bkc", found, shared.synthesis.double())
         rows = rows + shared.mean.double().reshape(shape[0], 1, -1)
     else:
-        mean, units, spread = _header(tensor.parts[0], tensor.scale_bytes, heads * size)
-        shape = (heads, kept, size)
-        found = _symbols(tensor.parts[1], _classes(spread, codes, shape), shape) * steps
-        rows = found * _from_code(units).reshape(heads, 1, size) + mean.reshape(heads, 1, size)
-    plain = rows.transpose(0, 1).reshape(kept, heads, size).transpose(0, 1)
-    if tensor.side == "keys":
-        plain = rotated(plain, positions, known.rotation[tensor.layer])
-    return narrowed(plain, dtype).contiguous()
+        mean, units, spread = _header(parts[0], scale_bytes, heads * channels)
+        found = _symbols(parts[1], _classes(spread, codes, size), size) * steps
+        rows = found * _from_code(units).reshape(heads, 1, channels) + mean.reshape(heads, 1, channels)
+    plain = rows.transpose(0, 1).reshape(kept, heads, channels).transpose(0, 1)
+    if place.side == "keys":
+        plain = rotated(plain, place.positions, context.rotation[place.layer])
+    return narrowed(plain, kind).contiguous()
+
+
+def _row_codes(codec: Transform, place: Place) -> Tensor:
+    """4 · log2 of the step of each row `[K]`: the rest's where it is not among the fine ones."""
+    positions = place.positions[0]
+    own = torch.full((len(positions),), codec.step_code)
+    if place.fine is None or codec.rest_code is None:
+        return own
+    return torch.where(torch.isin(positions, place.fine), own, torch.tensor(codec.rest_code))
 
 
 def rotated(tensor: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,0 +1,54 @@
+"""What the arithmetic of every codec takes beside numbers.
+
+Does not know: any one codec. Place on the path: under the codecs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvlink.codecs import AUTO_CALIBRATION, Codec
+from kvlink.codecs.base import Side
+from kvlink.errors import RecipeError
+from kvlink.profile import Profile
+from kvlink.profile import Side as SideStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor stands: its layer and side, the positions of its rows, `[H, K]` int64, and where
+    two steps are used the positions of the finer one, `[K']`."""
+
+    layer: int
+    side: Side
+    positions: Tensor
+    fine: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CodecContext:
+    """What both ends know of the model beside a message. Codecs that need none of it take an empty one.
+
+    `rotation`: cosine and sine of each layer's rotary embedding at positions 0 … T − 1,
+    `[T, Drot]` float32 each. `units`: for keys and values of each layer the step that the model
+    tolerates in a channel, `[C]` float64, of values relative to each other; only an encoder without
+    a calibration needs them.
+    """
+
+    rotation: tuple[tuple[Tensor, Tensor], ...] = ()
+    calibration: Profile | None = None
+    units: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def statistics(self, codec: Codec, place: Place) -> SideStatistics | None:
+        """The calibration's for a tensor, None where the codec uses none. Raises RecipeError where the
+        calibration is not the one that the codec names."""
+        named = codec.calibration
+        if named is None:
+            return None
+        if self.calibration is None or self.calibration.digest.hex() != named:
+            here = self.calibration.digest.hex()[:12] if self.calibration else "none"
+            asked = "not named" if named == AUTO_CALIBRATION else named[:12]
+            raise RecipeError(f"the recipe needs profile {asked}, here is {here}")
+        return self.calibration.side(place.layer, place.side)
