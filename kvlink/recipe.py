@@ -41,7 +41,10 @@ Coder = Literal["identity", "zstd"]
 METHODS = ("all", "q2c", "q2c+draft", "snapkv", "snapkv+question", "h2o", "streaming", "random")
 PRESS = "press:"
 """Prefix in a recipe of a class of the kvpress package that scores, such as `press:KnormPress`."""
-
+AUTO = "auto"
+"""Stands for the recipe that a model bears, by its profile."""
+DEFAULT_RECIPE = "q2c+draft@0.25 transform=0.5 rest=2"
+"""Where nobody names one."""
 SINK_COUNT = 4
 RECENT_COUNT = 8
 POOL_WIDTH = 5

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "kvlink"
 
 LEVELS = {
-    "_release": 0, "bounds": 0, "errors": 0, "files": 0, "observe": 0, "quoting": 0, "codecs": 0, "recipe": 0,
-    "payload": 0, "receipt": 0, "cache": 0, "profile": 0, "v1": 0,
+    "_release": 0, "bounds": 0, "defaults": 0, "errors": 0, "files": 0, "observe": 0, "quoting": 0, "codecs": 0,
+    "recipe": 0, "payload": 0, "receipt": 0, "cache": 0, "profile": 0, "v1": 0,
     "compress": 1, "wire": 1,
     "model": 2, "transport": 2, "plan": 2,
     "agent": 3,

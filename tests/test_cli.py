@@ -256,7 +256,7 @@ BAD = {
     "budget in tokens": (
         ["ask", "--context", "{good}", "--question", "q", "--budget", "5tok"],
         2,
-        "in bytes",
+        "expected bytes such as 200kB",
     ),
     "unknown recipe": (["pack", "--context", "{good}", "-o", "{out}", "--recipe", "zip9"], 2, "zip9"),
     "retention 0": (["pack", "--context", "{good}", "-o", "{out}", "--recipe", "q2c@0 int4"], 2, "above 0"),

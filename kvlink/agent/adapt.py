@@ -13,7 +13,6 @@ from kvlink.errors import RecipeError
 from kvlink.profile import Profile
 from kvlink.recipe import Recipe
 
-AUTO = "auto"
 INT8_GRADE = -12
 """Code of the step that stands for INT8 where nothing is known of a model: 1/8."""
 

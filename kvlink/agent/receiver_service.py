@@ -18,6 +18,7 @@ from kvlink.agent.receiver import Held, Receiver
 from kvlink.agent.settings import ReceiverSettings
 from kvlink.agent.store import Store
 from kvlink.agent.threads import stream, to_thread
+from kvlink.defaults import NEW_TOKENS
 from kvlink.errors import (
     BusyError,
     ContextError,
@@ -25,7 +26,7 @@ from kvlink.errors import (
     RemoteProtocolError,
     TruncatedError,
 )
-from kvlink.model.generate import DEFAULT_NEW_TOKENS, Step
+from kvlink.model.generate import Step
 from kvlink.observe import Observer
 from kvlink.receipt import Capabilities
 from kvlink.transport.api import NOBODY, Ask, Caller, Piece, PushStatus
@@ -169,7 +170,7 @@ class ReceiverService:
                 return self._receiver.generate(
                     held,
                     ask.question,
-                    max_new_tokens=ask.max_new_tokens or DEFAULT_NEW_TOKENS,
+                    max_new_tokens=ask.max_new_tokens or NEW_TOKENS,
                     temperature=ask.temperature,
                     seed=ask.seed,
                 )

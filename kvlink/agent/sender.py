@@ -21,7 +21,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from kvlink.agent.adapt import AUTO, automatic, transform_of, with_quality
+from kvlink.agent.adapt import automatic, transform_of, with_quality
 from kvlink.cache import Evidence, KVCache
 from kvlink.codecs import AUTO_CALIBRATION, NO_CALIBRATION, STEP_CODES, Transform
 from kvlink.compress.codec import decode, encode
@@ -37,14 +37,13 @@ from kvlink.model.restore import cache_shape
 from kvlink.model.template import Turn
 from kvlink.payload import EncodedSegment, Part, Prompt
 from kvlink.receipt import Certificate, Receipt
-from kvlink.recipe import Amount, Recipe, Selection, Wish
+from kvlink.recipe import AUTO, DEFAULT_RECIPE, Amount, Recipe, Selection, Wish
 from kvlink.transport.api import Explanation
 from kvlink.transport.client import grpc_bytes
 from kvlink.wire.file import Writable, write_frames
 from kvlink.wire.messages import TRANSFER_ID_BYTES, Manifest
 from kvlink.wire.session import CHUNK_BYTES, SendSession, segment_of
 
-DEFAULT_RECIPE = "q2c+draft@0.25 transform=0.5 rest=2"
 DRAFT_TOKENS = 24
 _FIT_ROUNDS = 6
 _ESCALATIONS = 8

@@ -27,6 +27,7 @@ from kvlink.agent.settings import LOOPBACK_PEERS, SenderSettings
 from kvlink.agent.staging import Staging
 from kvlink.agent.store import Store
 from kvlink.agent.threads import to_thread
+from kvlink.defaults import CALL_S
 from kvlink.errors import (
     AccessError,
     BusyError,
@@ -43,7 +44,7 @@ from kvlink.receipt import Capabilities
 from kvlink.recipe import Recipe, Wish
 from kvlink.transport.address import Address
 from kvlink.transport.api import NOBODY, Caller, Delivery, Explanation, Fetch, Progress, Published, PushStatus
-from kvlink.transport.client import CALL_S, CONNECT_S, ReceiverClient
+from kvlink.transport.client import CONNECT_S, ReceiverClient
 from kvlink.transport.sockets import SocketCount
 from kvlink.wire.messages import TRANSFER_ID_BYTES
 

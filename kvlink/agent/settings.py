@@ -1,79 +1,115 @@
 """Bounds and addresses of the two agents, as their operators set them.
 
-Does not know: how a bound is kept. Place on the path: beside it.
+Each field is an option of the command that runs the agent: what it is for, its least value and its default
+stand here and nowhere else. An option is named as its field, less `_bytes`, unless the field says otherwise.
+
+Does not know: how a bound is kept, how an option is read. Place on the path: beside it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from kvlink.agent.sender import DEFAULT_RECIPE
+from kvlink.recipe import DEFAULT_RECIPE
 from kvlink.transport.address import check_pattern
-from kvlink.transport.credentials import Credentials
 from kvlink.wire.session import Limits
+
+if TYPE_CHECKING:
+    from kvlink.transport.credentials import Credentials
+
+LOOPBACK_PEERS = ("127.0.0.1:*", "localhost:*", "[::1]:*")
+
+_LIMITS = Limits()
+_MEMORY_BYTES, _DISK_BYTES = 8_000_000_000, 16_000_000_000
+_LIFETIME_S, _RESUME_S = 3600.0, 120.0
+_WAITING, _WAIT_S = 64, 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What the field of a setting says of itself beside its default. `least`: the smallest value; bytes,
+    counts, seconds. `option`: its name on the command line where that is not the field's."""
+
+    help: str
+    least: float = 0
+    option: str = ""
+
+
+def setting(default: Any, help: str, *, least: float = 0, option: str = "") -> Any:
+    """The field of a setting, which is an option too."""
+    return field(default=default, metadata={"about": About(help, least, option)})
 
 
 @dataclass(frozen=True, slots=True)
 class ReceiverSettings:
-    """Bounds of a receiver agent. Lifetimes in seconds; 0 for one peer means as for all.
+    """Bounds of a receiver agent. Lifetimes in seconds; 0 for one peer means as for all."""
 
-    `transfer_deadline_s`: from a transfer's first frame to its end, whatever breaks in between.
-    `idle_s`: a stream that brings no frame for so long is ended. `unused_s`: a cache that nobody has
-    asked yet is not made room of so soon. `durable_bytes`: frames are made durable, and the sender is
-    told so, whenever that many have come.
-    """
+    max_held_bytes: int = setting(_MEMORY_BYTES, "Memory for held caches.", least=1)
+    max_peer_bytes: int = setting(0, "Of it for one peer; 0: all.", option="max-peer-held")
+    max_cache_bytes: int = setting(_LIMITS.max_cache_bytes, "Memory of one cache.", least=1)
+    max_context_tokens: int = setting(_LIMITS.max_context_tokens, "Tokens of one context.", least=1)
+    max_frame_bytes: int = setting(_LIMITS.max_frame_bytes, "Bytes of one frame.", least=1)
+    max_frames: int = setting(_LIMITS.max_frames, "Frames of one transfer.", least=1)
+    max_segments: int = setting(_LIMITS.max_segments, "Segments of one transfer.", least=1)
+    max_text_bytes: int = setting(
+        _LIMITS.max_text_bytes, "Bytes of a text that comes in place of a cache.", least=1
+    )
+    cache_lifetime_s: float = setting(_LIFETIME_S, "Seconds that a cache is held.")
+    unused_s: float = setting(30.0, "Seconds in which a cache that nobody has asked yet is not made room of.")
+    resume_lifetime_s: float = setting(_RESUME_S, "Seconds to resume a broken transfer in.")
+    transfer_deadline_s: float = setting(900.0, "Seconds from a transfer's first frame to its end.")
+    idle_s: float = setting(300.0, "Seconds after which a stream that brings no frame is ended.")
+    durable_bytes: int = setting(
+        1_000_000, "Bytes after which frames are made durable, and the sender is told so.", least=1,
+        option="durable-every",
+    )  # fmt: skip
+    max_transfers: int = setting(32, "Transfers at a time.", least=1)
+    max_peer_transfers: int = setting(0, "Of them by one peer; 0: all.")
+    max_generations: int = setting(8, "Generations at a time.", least=1)
+    max_waiting: int = setting(_WAITING, "Callers that may wait for a place.")
+    wait_s: float = setting(_WAIT_S, "Seconds that they wait at most.")
+    max_new_tokens: int = setting(1024, "Tokens of one answer.", least=1)
+    staging: Path | None = setting(None, "Folder where transfers outlive a restart of the agent.")
+    max_staged_bytes: int = setting(_DISK_BYTES, "Bytes of that folder.", least=1)
 
-    max_held_bytes: int = 8_000_000_000
-    max_peer_bytes: int = 0
-    cache_lifetime_s: float = 3600.0
-    unused_s: float = 30.0
-    resume_lifetime_s: float = 120.0
-    transfer_deadline_s: float = 900.0
-    idle_s: float = 300.0
-    durable_bytes: int = 1_000_000
-    max_transfers: int = 32
-    max_peer_transfers: int = 0
-    max_generations: int = 8
-    max_waiting: int = 64
-    wait_s: float = 10.0
-    max_new_tokens: int = 1024
-    staging: Path | None = None
-    max_staged_bytes: int = 16_000_000_000
-    limits: Limits = field(default_factory=Limits)
-
-
-LOOPBACK_PEERS = ("127.0.0.1:*", "localhost:*", "[::1]:*")
+    @property
+    def limits(self) -> Limits:
+        """What of these a session of the wire keeps."""
+        return Limits(**{f.name: getattr(self, f.name) for f in fields(Limits)})
 
 
 @dataclass(frozen=True, slots=True)
 class SenderSettings:
     """Bounds of a sender agent. Lifetimes in seconds; 0 bytes for one peer means as for all.
 
-    `peers`: receivers that may be dialled, as host:port with `*` for any letters; empty: those that the credentials
-    list, or loopback where there are none. `insecure`: dial off loopback without encryption.
-    `presses`: whether a caller's recipe may name a class of kvpress, which imports that package.
-    `attempts`: dials in a row that bring nothing before a delivery is broken.
+    `peers`: empty: those that the credentials list, or loopback where there are none.
+    `insecure`: dial off loopback without encryption. `credentials`: who this agent is.
     """
 
-    max_held_bytes: int = 8_000_000_000
-    max_peer_bytes: int = 0
-    context_lifetime_s: float = 3600.0
-    resume_lifetime_s: float = 120.0
-    max_text_bytes: int = 16_000_000
-    max_reads: int = 8
-    max_waiting: int = 64
-    wait_s: float = 10.0
-    peers: tuple[str, ...] = ()
+    max_held_bytes: int = setting(_MEMORY_BYTES, "Memory for published contexts.", least=1)
+    max_peer_bytes: int = setting(0, "Of it for one peer; 0: all.", option="max-peer-held")
+    context_lifetime_s: float = setting(_LIFETIME_S, "Seconds that a context is held.")
+    resume_lifetime_s: float = setting(_RESUME_S, "Seconds to resume a broken delivery in.")
+    max_text_bytes: int = setting(16_000_000, "Bytes of a text to read.", least=1)
+    max_reads: int = setting(8, "Contexts read or packed at a time.", least=1)
+    max_waiting: int = setting(_WAITING, "Callers that may wait for a place.")
+    wait_s: float = setting(_WAIT_S, "Seconds that they wait at most.")
+    peers: tuple[str, ...] = setting(
+        (), "Receiver that may be dialled, as host:port with * for any letters; repeat.", option="peer"
+    )
     insecure: bool = False
     credentials: Credentials | None = None
-    default_recipe: str = DEFAULT_RECIPE
-    presses: bool = False
-    attempts: int = 4
-    retry_pause_s: float = 0.5
-    staging: Path | None = None
-    max_packed_bytes: int = 2_000_000_000
-    max_staged_bytes: int = 16_000_000_000
+    default_recipe: str = setting(DEFAULT_RECIPE, "Recipe of whoever names none.")
+    presses: bool = setting(
+        False, "Let a caller's recipe name a class of kvpress, which imports it.", option="press"
+    )
+    attempts: int = setting(4, "Dials in a row that bring nothing before a delivery is broken.", least=1)
+    retry_pause_s: float = setting(0.5, "Seconds before the second dial; later ones wait longer.")
+    staging: Path | None = setting(None, "Folder where deliveries outlive a restart of the agent.")
+    max_packed_bytes: int = setting(2_000_000_000, "Memory for packed transfers on their way.", least=1)
+    max_staged_bytes: int = setting(_DISK_BYTES, "Bytes of the staging folder.", least=1)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "peers", tuple(map(check_pattern, self.peers)))

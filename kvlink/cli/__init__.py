@@ -1,7 +1,7 @@
 """The `kvlink` command.
 
-Every option can also be set as `KVLINK_<COMMAND>_<OPTION>` in the environment, or in a TOML file
-given with `--config` (a table per command). Flags win over the environment, that over the file.
+Every option can also be set as `KVLINK_<COMMAND>_<OPTION>` or `KVLINK_<OPTION>` in the environment, or in a
+TOML file given with `--config` (a table per command): see `cli.configuration`.
 
 Exit codes: 0 done · 1 a check failed · 2 bad input · 3 model or identity · 4 link or peer ·
 5 damaged or unexpected data · 6 a limit, an unknown id, or not allowed.
@@ -13,7 +13,6 @@ Does not know: how anything is done. Place on the path: outside it; imports lazi
 from __future__ import annotations
 
 import os
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,12 +21,14 @@ import typer
 from kvlink import errors
 from kvlink._release import RELEASE
 from kvlink.cli import agents, asking, bench, certificates, evaluating, files, models, profiles
+from kvlink.cli.configuration import Command, configure
+from kvlink.cli.kinds import File
 from kvlink.terminal import note, say
 
 _HELP = """One agent hands over what it has read: selected, compressed KV caches over gRPC.
 
-Every option can also be set as KVLINK_<COMMAND>_<OPTION> in the environment, or in a TOML file given
-with --config (a table per command).
+Every option can also be set as KVLINK_<COMMAND>_<OPTION> or KVLINK_<OPTION> in the environment, or in a TOML
+file given with --config (a table per command): the command line wins over the environment, that over the file.
 
 Exit codes: 0 done, 1 a check failed, 2 bad input, 3 model or identity, 4 link or peer, 5 damaged or
 unexpected data, 6 a limit, an unknown id, or not allowed.
@@ -50,8 +51,8 @@ for command in (
     files.inspect,
     agents.health,
 ):
-    app.command()(command)
-app.command("eval")(evaluating.evaluate)
+    app.command(cls=Command)(command)
+app.command("eval", cls=Command)(evaluating.evaluate)
 app.add_typer(models.app, name="models")
 app.add_typer(profiles.app, name="profile")
 app.add_typer(certificates.app, name="certs")
@@ -73,29 +74,22 @@ EXIT_CODES: dict[type[errors.KvlinkError], int] = {
 @app.callback(invoke_without_command=True, help=_HELP)
 def root(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Option(help="TOML file with a table per command.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(parser=File(), metavar="FILE", help="TOML file with a table per command.")
+    ] = None,
     version: Annotated[bool, typer.Option("--version", help="Print the release and stop.")] = False,
 ) -> None:
     if version:
         say(f"kvlink {RELEASE}")
         raise typer.Exit
-    if config is not None:
-        try:
-            loaded = tomllib.loads(config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise errors.ConfigError(f"cannot read the configuration {config}: {error}") from error
-        context.default_map = {
-            command: {name.replace("-", "_"): value for name, value in table.items()}
-            for command, table in loaded.items()
-            if isinstance(table, dict)
-        }
+    configure(context, config)
 
 
 def main() -> None:
     """Run the command; errors of the package become a line on standard error and an exit code."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it notes on standard error we say ourselves
     try:
-        ended = app(auto_envvar_prefix="KVLINK", standalone_mode=False)
+        ended = app(standalone_mode=False)
     except errors.KvlinkError as error:
         note(f"kvlink: {type(error).__name__}: {error}")
         raise SystemExit(exit_code(error)) from None

@@ -13,10 +13,11 @@ from typing import Annotated, Any
 import typer
 
 from kvlink import errors
-from kvlink.cli.common import (
-    RECEIVER,
-    SENDER,
-    Attn,
+from kvlink.agent.settings import ReceiverSettings, SenderSettings
+from kvlink.cli.common import credentials, quiet, run, set_up_log
+from kvlink.cli.kinds import AddressText
+from kvlink.cli.options import (
+    Attention,
     Creds,
     Device,
     Dtype,
@@ -27,132 +28,75 @@ from kvlink.cli.common import (
     LogLevel,
     MetricsAt,
     Model,
-    StagingDir,
     TraceTo,
-    budget_bytes,
-    credentials,
-    quiet,
-    run,
-    set_up_log,
 )
+from kvlink.cli.settings import has_settings, settings_from
+from kvlink.defaults import ATTENTION, DEVICE, DTYPE, MODEL, RECEIVER, SENDER
 from kvlink.observe import Observer
 from kvlink.quoting import shown
 from kvlink.terminal import say, say_json
 
 
+@has_settings(ReceiverSettings)
 def receiver(
     listen: Listen = RECEIVER,
-    model: Model = "kvlink-tiny",
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    attn: Attn = "auto",
+    model: Model = MODEL,
+    device: Device = DEVICE,
+    dtype: Dtype = DTYPE,
+    attention: Attention = ATTENTION,
     creds: Creds = None,
     insecure: Insecure = False,
-    max_held: Annotated[str, typer.Option(help="Memory for held caches.")] = "8000MB",
-    max_peer_held: Annotated[str, typer.Option(help="Of it for one peer; empty: all.")] = "",
-    max_cache: Annotated[str, typer.Option(help="Memory of one cache.")] = "4000MB",
-    cache_lifetime_s: Annotated[float, typer.Option(help="Seconds that a cache is held.")] = 3600.0,
-    resume_lifetime_s: Annotated[float, typer.Option(help="Seconds to resume a broken transfer in.")] = 120.0,
-    transfer_deadline_s: Annotated[float, typer.Option(help="Seconds from first frame to last.")] = 900.0,
-    max_transfers: Annotated[int, typer.Option(min=1, help="Transfers at a time.")] = 32,
-    max_peer_transfers: Annotated[int, typer.Option(min=0, help="Of them by one peer; 0: all.")] = 0,
-    max_generations: Annotated[int, typer.Option(min=1, help="Generations at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer.")] = 1024,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Callers that may wait for a place.")] = 64,
-    wait_s: Annotated[float, typer.Option(help="Seconds that they wait at most.")] = 10.0,
-    staging: StagingDir = None,
-    durable_every: Annotated[str, typer.Option(help="Bytes after which frames are made durable.")] = "1MB",
     metrics: MetricsAt = "",
     trace_to: TraceTo = "",
     log_level: LogLevel = "warning",
     log_format: LogFormat = "text",
+    **bounds: Any,
 ) -> None:
     """Run a receiver: it takes caches and answers from them."""
     set_up_log(log_level, log_format)
     proof = _proof(listen, creds, insecure)
+    settings = settings_from(ReceiverSettings, bounds)
     from kvlink.agent.receiver import Receiver
     from kvlink.agent.receiver_service import ReceiverService
-    from kvlink.agent.settings import ReceiverSettings
-    from kvlink.wire.session import Limits
 
     quiet()
-    settings = ReceiverSettings(
-        max_held_bytes=budget_bytes(max_held),
-        max_peer_bytes=budget_bytes(max_peer_held),
-        cache_lifetime_s=cache_lifetime_s,
-        resume_lifetime_s=resume_lifetime_s,
-        transfer_deadline_s=transfer_deadline_s,
-        max_transfers=max_transfers,
-        max_peer_transfers=max_peer_transfers,
-        max_generations=max_generations,
-        max_new_tokens=max_new_tokens,
-        max_waiting=max_waiting,
-        wait_s=wait_s,
-        staging=staging,
-        durable_bytes=budget_bytes(durable_every),
-        limits=Limits(max_cache_bytes=budget_bytes(max_cache)),
-    )
 
     def make(observer: Observer) -> Any:
         return ReceiverService(
-            Receiver(model, device=device, dtype=dtype, attention=attn), settings, observer
+            Receiver(model, device=device, dtype=dtype, attention=attention), settings, observer
         )
 
     _serve("receiver", listen, model, make, proof, insecure, metrics, trace_to)
 
 
+@has_settings(SenderSettings)
 def sender(
     listen: Listen = SENDER,
-    model: Model = "kvlink-tiny",
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    attn: Attn = "auto",
+    model: Model = MODEL,
+    device: Device = DEVICE,
+    dtype: Dtype = DTYPE,
+    attention: Attention = ATTENTION,
     creds: Creds = None,
     insecure: Insecure = False,
-    press: Annotated[
-        bool, typer.Option("--press", help="Let recipes name classes of kvpress, which imports it.")
-    ] = False,
-    peer: Annotated[
-        list[str] | None, typer.Option(help="Receiver that may be dialled, host:port; repeat.")
-    ] = None,
-    max_held: Annotated[str, typer.Option(help="Memory for published contexts.")] = "8000MB",
-    max_peer_held: Annotated[str, typer.Option(help="Of it for one peer; empty: all.")] = "",
-    context_lifetime_s: Annotated[float, typer.Option(help="Seconds that a context is held.")] = 3600.0,
-    resume_lifetime_s: Annotated[float, typer.Option(help="Seconds to resume a broken delivery in.")] = 120.0,
-    max_reads: Annotated[int, typer.Option(min=1, help="Contexts read or packed at a time.")] = 8,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Callers that may wait for a place.")] = 64,
-    wait_s: Annotated[float, typer.Option(help="Seconds that they wait at most.")] = 10.0,
-    staging: StagingDir = None,
     metrics: MetricsAt = "",
     trace_to: TraceTo = "",
     log_level: LogLevel = "warning",
     log_format: LogFormat = "text",
+    **bounds: Any,
 ) -> None:
     """Run a sender: it reads contexts and delivers what questions need of them."""
     set_up_log(log_level, log_format)
     proof = _proof(listen, creds, insecure)
+    settings = settings_from(SenderSettings, bounds, insecure=insecure, credentials=proof)
     from kvlink.agent.sender import Sender
     from kvlink.agent.sender_service import SenderService
-    from kvlink.agent.settings import SenderSettings
 
     quiet()
-    settings = SenderSettings(
-        presses=press,
-        max_held_bytes=budget_bytes(max_held),
-        max_peer_bytes=budget_bytes(max_peer_held),
-        context_lifetime_s=context_lifetime_s,
-        resume_lifetime_s=resume_lifetime_s,
-        max_reads=max_reads,
-        max_waiting=max_waiting,
-        wait_s=wait_s,
-        staging=staging,
-        peers=tuple(peer or ()),
-        insecure=insecure,
-        credentials=proof,
-    )
 
     def make(observer: Observer) -> Any:
-        return SenderService(Sender(model, device=device, dtype=dtype, attention=attn), settings, observer)
+        return SenderService(
+            Sender(model, device=device, dtype=dtype, attention=attention), settings, observer
+        )
 
     _serve("sender", listen, model, make, proof, insecure, metrics, trace_to)
 
@@ -202,8 +146,11 @@ def _serve(
         stop_metrics()
 
 
+At = Annotated[str, typer.Argument(parser=AddressText(), metavar="HOST:PORT", help="Address of the agent.")]
+
+
 def health(
-    address: str,
+    address: At,
     creds: Creds = None,
     insecure: Insecure = False,
     as_json: Json = False,

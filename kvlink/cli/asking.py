@@ -13,9 +13,9 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from kvlink import errors
-from kvlink.cli.common import (
-    RECEIVER,
-    SENDER,
+from kvlink.cli.common import credentials, read_context, run
+from kvlink.cli.kinds import RecipeText, Text
+from kvlink.cli.options import (
     Bits,
     Budget,
     Creds,
@@ -27,39 +27,39 @@ from kvlink.cli.common import (
     Quality,
     Question,
     ReceiverAt,
-    RecipeText,
+    Recipe,
     ReportFile,
     SenderAt,
     Timeout,
     Verify,
-    checked_recipe,
-    credentials,
-    read_context,
-    run,
-    wish,
+    count,
+    flag,
+    option,
 )
+from kvlink.defaults import CALL_S, MODEL, RECEIVER, SENDER
 from kvlink.files import Output
+from kvlink.recipe import Wish
 from kvlink.terminal import progress, say, say_json, say_text
 
 
 def demo(
-    model: Model = "kvlink-tiny",
+    model: Model = MODEL,
     data: Data = "generated",
-    n: Annotated[int, typer.Option(min=1, help="Generated questions, or questions of the file.")] = 20,
-    seed: int = 7,
-    recipe: Annotated[list[str] | None, typer.Option(help="Recipe to compare; repeat. Default: six.")] = None,
-    prose: Annotated[bool, typer.Option(help="Add the five questions over plain prose.")] = True,
+    n: Annotated[int, count("n", "Generated questions, or questions of the file.")] = 20,
+    seed: Annotated[int, count("seed", "Of the generator, and of the draw from a file.", least=0)] = 7,
+    recipe: Annotated[
+        list[str] | None, option("recipe", RecipeText(), "Recipe to compare; repeat. Default: eight.")
+    ] = None,
+    prose: Annotated[bool, flag("prose", "Add the five questions over plain prose.")] = True,
     report: ReportFile = None,
     as_json: Json = False,
 ) -> None:
     """Start two agents on loopback, ask questions by each recipe, print what it cost and kept."""
     from kvlink.eval.demo import choose_items, run_demo
-    from kvlink.recipe import PRESETS, Recipe
+    from kvlink.recipe import PRESETS
     from kvlink.show import say_demo
 
     recipes = recipe or list(PRESETS)
-    for text in recipes:
-        Recipe.parse(text)
     page_file = report_file(report, reads=(data.partition(":")[2] or data,))
     items = choose_items(data, n, seed, prose)
     with progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
@@ -79,9 +79,9 @@ def demo(
 def ask(
     question: Question,
     context: Ctx = "",
-    handle: Annotated[str, typer.Option(help="A published context instead of --context.")] = "",
-    recipe: RecipeText = "",
-    budget: Budget = "",
+    handle: Annotated[str, option("handle", Text(), "A published context instead of --context.")] = "",
+    recipe: Recipe = "",
+    budget: Budget = 0,
     bits: Bits = 0.0,
     quality: Quality = 0.0,
     verify: Verify = False,
@@ -89,8 +89,10 @@ def ask(
     receiver_at: ReceiverAt = RECEIVER,
     creds: Creds = None,
     insecure: Insecure = False,
-    timeout_s: Timeout = 600.0,
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="0: the receiver's default.")] = 0,
+    timeout_s: Timeout = CALL_S,
+    max_new_tokens: Annotated[
+        int, count("max-new-tokens", "Tokens of the answer; 0: the receiver's default.", least=0)
+    ] = 0,
     report: ReportFile = None,
     as_json: Json = False,
 ) -> None:
@@ -107,10 +109,10 @@ def ask(
     delivery = Delivery(
         receiver=receiver_at,
         question=question,
-        recipe=checked_recipe(recipe),
+        recipe=recipe,
         context_id=at.context_id,
         text=read_context(context) if context else "",
-        wish=wish(budget, bits, quality, verify),
+        wish=Wish(budget, bits, quality, verify),
         answer_here=True,
         explain=report is not None,
     )

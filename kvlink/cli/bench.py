@@ -10,7 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, TimeRemainingColumn
 
-from kvlink.cli.common import Json, Model, quiet, run
+from kvlink.cli.common import quiet, run
+from kvlink.cli.configuration import Command
+from kvlink.cli.kinds import Real
+from kvlink.cli.options import Json, Model, count, option
+from kvlink.defaults import MODEL
 from kvlink.terminal import progress, say, say_json
 
 app = typer.Typer(no_args_is_help=True, help="Agents under load.")
@@ -21,12 +25,12 @@ def bench() -> None:
     """Agents under load."""
 
 
-@app.command()
+@app.command(cls=Command)
 def load(
-    minutes: Annotated[float, typer.Option(min=0.05, help="How long.")] = 4.0,
-    agents: Annotated[int, typer.Option(min=1, help="Agents at a time.")] = 12,
-    model: Model = "kvlink-tiny",
-    seed: Annotated[int, typer.Option(min=0, help="Of the contexts.")] = 0,
+    minutes: Annotated[float, option("minutes", Real(0.05, 1e5), "How long.")] = 4.0,
+    agents: Annotated[int, count("agents", "Agents at a time.")] = 12,
+    model: Model = MODEL,
+    seed: Annotated[int, count("seed", "Of the contexts.", least=0)] = 0,
     as_json: Json = False,
 ) -> None:
     """Many agents against one receiver process; every answer is checked against its own context.

@@ -11,25 +11,33 @@ from typing import Annotated, Any
 import typer
 
 from kvlink import errors
-from kvlink.cli.common import RECEIVER, SENDER, Json
+from kvlink.cli.configuration import Command
+from kvlink.cli.kinds import File, Real, Text
+from kvlink.cli.options import Json, option
+from kvlink.defaults import CERTIFICATE_DAYS, RECEIVER, SENDER
 from kvlink.terminal import say, say_json
 
 app = typer.Typer(no_args_is_help=True, help="Certificates and tokens for agents and their clients.")
 
-Network = Annotated[Path, typer.Argument(help="Folder of the network: one folder a peer, and authority/.")]
-Days = Annotated[float, typer.Option(help="Days that certificates are valid.")]
-Senders = Annotated[list[str] | None, typer.Option("--sender", help="NAME=HOST:PORT; repeat.")]
-Receivers = Annotated[list[str] | None, typer.Option("--receiver", help="NAME=HOST:PORT; repeat.")]
-Clients = Annotated[list[str] | None, typer.Option("--client", help="NAME; repeat.")]
+Network = Annotated[
+    Path,
+    typer.Argument(
+        parser=File(), metavar="FOLDER", help="Folder of the network: one folder a peer, and authority/."
+    ),
+]
+Days = Annotated[float, option("days", Real(0, 36_500, above=True), "Days that certificates are valid.")]
+Senders = Annotated[list[str] | None, option("sender", Text("name=host:port"), "A sender; repeat.")]
+Receivers = Annotated[list[str] | None, option("receiver", Text("name=host:port"), "A receiver; repeat.")]
+Clients = Annotated[list[str] | None, option("client", Text("name"), "Who only calls; repeat.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def init(
     network: Network,
     sender: Senders = None,
     receiver: Receivers = None,
     client: Clients = None,
-    days: Days = 7.0,
+    days: Days = CERTIFICATE_DAYS,
 ) -> None:
     """Make an authority, and credentials for every peer. Default: sender, receiver and client on loopback."""
     from kvlink.transport import certs
@@ -40,13 +48,13 @@ def init(
     _tell(certs.begin(network, members, days))
 
 
-@app.command()
+@app.command(cls=Command)
 def add(
     network: Network,
     sender: Senders = None,
     receiver: Receivers = None,
     client: Clients = None,
-    days: Days = 7.0,
+    days: Days = CERTIFICATE_DAYS,
 ) -> None:
     """Add peers to a network; the others know them at once, once they have their new peers.toml."""
     from kvlink.transport import certs
@@ -57,8 +65,8 @@ def add(
     _tell([certs.add(network, member, days) for member in members])
 
 
-@app.command()
-def renew(network: Network, days: Days = 7.0) -> None:
+@app.command(cls=Command)
+def renew(network: Network, days: Days = CERTIFICATE_DAYS) -> None:
     """New keys and certificates for every peer; running agents take them up without a restart."""
     from kvlink.transport import certs
 
@@ -66,9 +74,9 @@ def renew(network: Network, days: Days = 7.0) -> None:
         say(f"{name}: valid until {until:%Y-%m-%d %H:%M} UTC")
 
 
-@app.command()
+@app.command(cls=Command)
 def show(
-    folder: Annotated[Path, typer.Argument(help="Folder of one peer.")],
+    folder: Annotated[Path, typer.Argument(parser=File(), metavar="FOLDER", help="Folder of one peer.")],
     as_json: Json = False,
 ) -> None:
     """Say who a folder makes one, until when, whom it dials and who may call it. Shows no secret."""

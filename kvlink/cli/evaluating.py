@@ -12,7 +12,10 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from kvlink import errors
-from kvlink.cli.common import Attn, Device, Dtype, Json, quiet
+from kvlink.cli.common import quiet
+from kvlink.cli.kinds import Choice, File, RecipeText, Text
+from kvlink.cli.options import Attention, Device, Dtype, Json, count, flag, option
+from kvlink.defaults import ATTENTION, DEVICE, DTYPE, MODEL
 from kvlink.files import Output, OutputFolder
 from kvlink.quoting import shown
 from kvlink.terminal import progress, say, say_json
@@ -23,40 +26,44 @@ _TABLES = (
 )
 
 Table = Annotated[str, typer.Argument(help=f"{_TABLES}.")]
-Models = Annotated[
-    list[str], typer.Option("--model", help="Name or directory; repeat for models side by side.")
-]
+Models = Annotated[list[str], option("model", Text(), "Name or directory; repeat for models side by side.")]
 Datas = Annotated[
-    list[str], typer.Option("--data", help="generated[:SEED], squad:FILE or trivia:FILE; repeat for several.")
+    list[str], option("data", Text(), "generated[:SEED], squad:FILE or trivia:FILE; repeat for several.")
 ]
-Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="For the table of recipes; repeat.")]
+Recipes = Annotated[list[str] | None, option("recipe", RecipeText(), "For the table of recipes; repeat.")]
 Presses = Annotated[
-    list[str] | None, typer.Option("--press", help="A kvpress class as one more selection; repeat.")
+    list[str] | None, option("press", Text(), "A kvpress class as one more selection; repeat.")
 ]
 
 
 def evaluate(
     table: Table,
-    model: Models = ["kvlink-tiny"],  # noqa: B006 - typer copies it
+    model: Models = [MODEL],  # noqa: B006 - typer copies it
     data: Datas = ["generated"],  # noqa: B006
-    n: Annotated[int, typer.Option(min=1, help="Questions.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Of the generator, and of the draw from a file.")] = 42,
+    n: Annotated[int, count("n", "Questions.")] = 200,
+    seed: Annotated[int, count("seed", "Of the generator, and of the draw from a file.", least=0)] = 42,
     recipe: Recipes = None,
     press: Presses = None,
-    when: Annotated[str, typer.Option(help="after or during: only cases of that method.")] = "",
-    prompt: Annotated[str, typer.Option(help="auto (the model's chat template) or plain.")] = "auto",
+    when: Annotated[
+        str, option("when", Choice("after", "during", empty=True), "Only cases of that method.")
+    ] = "",
+    prompt: Annotated[
+        str, option("prompt", Choice("auto", "plain"), "auto: the model's chat template.")
+    ] = "auto",
     pad_to: Annotated[
-        int, typer.Option(min=0, help="Tokens a context has at least: other passages pad it.")
+        int, count("pad-to", "Tokens a context has at least: other passages pad it.", least=0)
     ] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder of records, rows and the page.")] = Path("kvlink-eval"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Throw an earlier record away.")] = False,
+    workers: Annotated[int, count("workers", "Processes; 0: one a core.", least=0)] = 0,
+    out: Annotated[Path, option("out", File(), "Folder of records, rows and the page.")] = Path(
+        "kvlink-eval"
+    ),
+    fresh: Annotated[bool, flag("fresh", "Throw an earlier record away.")] = False,
     record: Annotated[
-        list[Path] | None, typer.Option("--from", help="Read a record instead of measuring; repeat.")
+        list[Path] | None, option("from", File(), "Read a record instead of measuring; repeat.")
     ] = None,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    attention: Attn = "auto",
+    device: Device = DEVICE,
+    dtype: Dtype = DTYPE,
+    attention: Attention = ATTENTION,
     as_json: Json = False,
 ) -> None:
     """Measure one of the study's tables, or all: accuracy against bytes, with intervals.

@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from kvlink.cli.common import (
-    SENDER,
-    Attn,
+from kvlink.cli.common import credentials, open_file, quiet, read_context, run
+from kvlink.cli.kinds import File, Text
+from kvlink.cli.options import (
+    Asked,
+    Attention,
     Bits,
     Budget,
     Creds,
@@ -22,30 +24,32 @@ from kvlink.cli.common import (
     Insecure,
     Json,
     Model,
+    Out,
     Quality,
     Question,
-    RecipeText,
+    Recipe,
     SenderAt,
     Verify,
-    checked_recipe,
-    credentials,
-    open_file,
-    quiet,
-    read_context,
-    run,
-    wish,
+    count,
+    flag,
+    option,
 )
+from kvlink.defaults import ATTENTION, DEVICE, DTYPE, MODEL, NEW_TOKENS, SENDER
 from kvlink.files import Output
 from kvlink.quoting import shown
+from kvlink.recipe import Wish
 from kvlink.terminal import note, say, say_json, say_text
+
+KvlFile = Annotated[Path, typer.Argument(parser=File(), metavar="FILE", help="A .kvl file.")]
+HandleText = Annotated[str, typer.Argument(metavar="HANDLE", help="What 'kvlink publish' printed.")]
 
 
 def publish(
     context: Ctx,
     sender_at: SenderAt = SENDER,
-    lifetime_s: Annotated[int, typer.Option(min=0, help="0: the sender's default.")] = 0,
+    lifetime_s: Annotated[int, count("lifetime-s", "Seconds; 0: the sender's default.", least=0)] = 0,
     readers: Annotated[
-        list[str] | None, typer.Option("--for", help="Peer that may use the handle too; repeat.")
+        list[str] | None, option("for", Text("name"), "Peer that may use the handle too; repeat.")
     ] = None,
     creds: Creds = None,
     insecure: Insecure = False,
@@ -79,7 +83,7 @@ def publish(
         note(f"{told}; held for {done.lifetime_s} s")
 
 
-def unpublish(handle: str, creds: Creds = None, insecure: Insecure = False) -> None:
+def unpublish(handle: HandleText, creds: Creds = None, insecure: Insecure = False) -> None:
     """Let the sender forget a published context."""
     from kvlink.transport.client import SenderClient
     from kvlink.transport.handle import Handle
@@ -94,11 +98,11 @@ def unpublish(handle: str, creds: Creds = None, insecure: Insecure = False) -> N
 
 
 def fetch(
-    handle: str,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .kvl file to write.")],
-    question: Annotated[str, typer.Option(help="The question that the selection serves.")] = "",
-    recipe: RecipeText = "",
-    budget: Budget = "",
+    handle: HandleText,
+    out: Out,
+    question: Asked = "",
+    recipe: Recipe = "",
+    budget: Budget = 0,
     bits: Bits = 0.0,
     quality: Quality = 0.0,
     verify: Verify = False,
@@ -114,7 +118,7 @@ def fetch(
 
     target = Output(out)
     at, proof = Handle.parse(handle), credentials(creds, insecure)
-    wanted = Fetch(at.context_id, question, checked_recipe(recipe), wish(budget, bits, quality, verify))
+    wanted = Fetch(at.context_id, question, recipe, Wish(budget, bits, quality, verify))
 
     async def work() -> list[bytes]:
         async with SenderClient(at.address, proof, insecure=insecure) as source:
@@ -128,29 +132,29 @@ def fetch(
 
 def pack(
     context: Ctx,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .kvl file to write.")],
-    question: Annotated[str, typer.Option(help="The question that the selection serves.")] = "",
-    recipe: RecipeText = "int8",
-    budget: Budget = "",
+    out: Out,
+    question: Asked = "",
+    recipe: Recipe = "int8",
+    budget: Budget = 0,
     bits: Bits = 0.0,
     quality: Quality = 0.0,
     verify: Verify = False,
-    model: Model = "kvlink-tiny",
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    attn: Attn = "auto",
+    model: Model = MODEL,
+    device: Device = DEVICE,
+    dtype: Dtype = DTYPE,
+    attention: Attention = ATTENTION,
     as_json: Json = False,
 ) -> None:
     """Read a context here and keep the transfer as a .kvl file."""
     from kvlink.show import receipt_dict, say_certificate
 
     target = Output(out, reads=(context, model))
-    recipe, text = checked_recipe(recipe), read_context(context)
-    wished = wish(budget, bits, quality, verify)
+    text = read_context(context)
+    wished = Wish(budget, bits, quality, verify)
     from kvlink.agent.sender import Sender
 
     quiet()
-    source = Sender(model, device=device, dtype=dtype, attention=attn)
+    source = Sender(model, device=device, dtype=dtype, attention=attention)
     transfer = source.pack(source.read(text), question, recipe, wished)
     with target.open() as sink:
         count = transfer.write(sink)
@@ -170,13 +174,13 @@ def _wrote(target: Output, count: int, as_json: bool, more: dict[str, Any]) -> N
 
 
 def unpack(
-    file: Path,
+    file: KvlFile,
     question: Question,
-    model: Model = "kvlink-tiny",
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    attn: Attn = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    model: Model = MODEL,
+    device: Device = DEVICE,
+    dtype: Dtype = DTYPE,
+    attention: Attention = ATTENTION,
+    max_new_tokens: Annotated[int, count("max-new-tokens", "Tokens of the answer.")] = NEW_TOKENS,
     as_json: Json = False,
 ) -> None:
     """Answer a question from a .kvl file."""
@@ -185,7 +189,7 @@ def unpack(
 
     quiet()
     with open_file(file) as stream:
-        target = Receiver(model, device=device, dtype=dtype, attention=attn)
+        target = Receiver(model, device=device, dtype=dtype, attention=attention)
         held = target.read_file(stream)
     told = target.answer(held, question, max_new_tokens=max_new_tokens)
     if as_json:
@@ -196,8 +200,8 @@ def unpack(
 
 
 def inspect(
-    file: Path,
-    every_byte: Annotated[bool, typer.Option("--bytes", help="Every field of every frame.")] = False,
+    file: KvlFile,
+    every_byte: Annotated[bool, flag("bytes", "Every field of every frame.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say what a .kvl file holds; checks every checksum and digest, needs no model."""

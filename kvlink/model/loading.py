@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvlink.cache import DTYPES
+from kvlink.defaults import ATTENTION, DEVICE, DTYPE
 from kvlink.errors import ConfigError, ContextError, ModelError, UnsupportedCacheError
 from kvlink.model.fingerprint import fingerprint_of, stamp
 from kvlink.model.room import most_text_bytes, require_room
@@ -139,7 +140,7 @@ class LanguageModel:
 
 
 def load(
-    name: str = EMBEDDED, *, device: str = "cpu", dtype: str = "auto", attention: str = "auto"
+    name: str = EMBEDDED, *, device: str = DEVICE, dtype: str = DTYPE, attention: str = ATTENTION
 ) -> LanguageModel:
     """Load a model. `dtype`: auto, bfloat16, float16 or float32.
 

@@ -31,10 +31,11 @@ from typing import Any
 from blake3 import blake3
 
 from kvlink._release import RELEASE
+from kvlink.defaults import MODEL
 from kvlink.errors import ConfigError, ModelError
 from kvlink.model.remembered import cache_dir
 
-EMBEDDED = "kvlink-tiny"
+EMBEDDED = MODEL
 GGUF_MAGIC = b"GGUF"
 _NOTES = "kvlink.source.json"
 _PIP_S = 3600.0

@@ -30,12 +30,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from kvlink.defaults import CERTIFICATE_DAYS
 from kvlink.errors import ConfigError
 from kvlink.files import whole_file
 from kvlink.transport.address import Address
 
 Kind = Literal["sender", "receiver", "client"]
-DEFAULT_DAYS = 7.0
 AUTHORITY_DAYS = 3650.0
 AUTHORITY, IDENTITY, PEERS = "authority.pem", "identity.pem", "peers.toml"
 _AUTHORITY_KEY = "authority.key"
@@ -68,7 +68,7 @@ class Member:
             object.__setattr__(self, "address", str(Address.parse(self.address)))
 
 
-def begin(folder: Path, members: Iterable[Member], days: float = DEFAULT_DAYS) -> list[Path]:
+def begin(folder: Path, members: Iterable[Member], days: float = CERTIFICATE_DAYS) -> list[Path]:
     """Make an authority, and a folder of credentials for each member; returns these folders.
 
     Raises ConfigError where the folder holds an authority already, or names are used twice.
@@ -99,7 +99,7 @@ def begin(folder: Path, members: Iterable[Member], days: float = DEFAULT_DAYS) -
     return made
 
 
-def add(folder: Path, member: Member, days: float = DEFAULT_DAYS) -> Path:
+def add(folder: Path, member: Member, days: float = CERTIFICATE_DAYS) -> Path:
     """Add a peer to a network; the others' `peers.toml` gain a table. Raises ConfigError."""
     known = members_of(folder)
     if member.name in [other.name for other in known]:
@@ -107,7 +107,7 @@ def add(folder: Path, member: Member, days: float = DEFAULT_DAYS) -> Path:
     return _join(folder, member, known, days)
 
 
-def renew(folder: Path, days: float = DEFAULT_DAYS) -> list[tuple[str, datetime.datetime]]:
+def renew(folder: Path, days: float = CERTIFICATE_DAYS) -> list[tuple[str, datetime.datetime]]:
     """Give every peer of the network a new key and certificate; names, and until when they are valid.
 
     Running agents take them up at their next connection. Raises ConfigError.

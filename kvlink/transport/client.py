@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kvlink.defaults import CALL_S
 from kvlink.errors import (
     KvlinkError,
     LimitError,
@@ -59,7 +60,6 @@ _OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 CONNECT_S = 10.0
-CALL_S = 600.0
 QUICK_S = 20.0
 """The deadline of calls that do no work."""
 QUIET_S = 6.5
