@@ -39,7 +39,7 @@ from kvlink.cli.options import (
 from kvlink.defaults import CALL_S, MODEL, RECEIVER, SENDER
 from kvlink.files import Output
 from kvlink.recipe import Wish
-from kvlink.terminal import progress, say, say_json, say_text
+from kvlink.terminal import note, progress, say, say_json, say_text
 
 
 def demo(
@@ -61,7 +61,7 @@ def demo(
 
     recipes = recipe or list(PRESETS)
     page_file = report_file(report, reads=(data.partition(":")[2] or data,))
-    items = choose_items(data, n, seed, prose)
+    items = choose_items(data, n, seed, prose, note)
     with progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("asking", total=len(items) * len(recipes))
         found = run(run_demo(items, model, seed=seed, recipes=recipes, on_step=lambda: bar.advance(task)))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kvlink import errors
+from kvlink.bounds import TEXT
+from kvlink.texts import read_text
 
 T = TypeVar("T")
 
@@ -22,16 +23,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def read_context(path: str) -> str:
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise errors.ContextError(f"cannot read the context {path}: {error.strerror}") from error
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise errors.ContextError(
-            f"the context {path} is not UTF-8: byte {data[error.start]:#04x} at {error.start}"
-        ) from error
+    text = read_text(path, "the context", TEXT.most)
     if not text.strip():
         raise errors.ContextError(f"the context {path} is empty: nothing to read")
     return text
@@ -73,5 +65,5 @@ def credentials(folder: Path | None, insecure: bool = False) -> Any:
 def open_file(file: Path) -> Any:
     try:
         return file.open("rb")
-    except OSError as error:
-        raise errors.ContextError(f"cannot read {file}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise errors.ContextError(f"cannot read {file}: {getattr(error, 'strerror', error)}") from error

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-from kvlink import errors
 from kvlink.cli.common import quiet
 from kvlink.cli.configuration import Command
 from kvlink.cli.kinds import File
@@ -19,7 +18,8 @@ from kvlink.cli.options import Attention, Data, Device, Dtype, Json, count, opti
 from kvlink.defaults import ATTENTION, DEVICE, DTYPE
 from kvlink.files import Output
 from kvlink.quoting import shown
-from kvlink.terminal import progress, say, say_json
+from kvlink.terminal import note, progress, say, say_json
+from kvlink.texts import read_bytes
 
 app = typer.Typer(no_args_is_help=True, help="What is known of a model's caches before any message.")
 
@@ -51,7 +51,7 @@ def build(
 
     target = Output(out, reads=(model, data.partition(":")[2] or data))
     quiet()
-    items = load_items(data, n + checks, seed)
+    items = load_items(data, n + checks, seed, note)
     texts, held_out = list(dict.fromkeys(item.context for item in items[:n])), items[n:]
     lm = replace(load(model, device=device, dtype=dtype, attention=attention), profile=None)
     with progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
@@ -84,10 +84,9 @@ def check(
 
 
 def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise errors.ContextError(f"cannot read {file}: {error.strerror}") from error
+    from kvlink.profile import MAX_BYTES
+
+    return read_bytes(file, "the profile", MAX_BYTES)
 
 
 def _parse(data: bytes) -> Any:

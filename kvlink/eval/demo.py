@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from kvlink.errors import PeerUnavailableError
+from kvlink.eval.items import Item
 from kvlink.eval.processes import agent
-from kvlink.eval.questions import Item, from_file, load_items, prose
+from kvlink.eval.questions import from_file, load_items, prose
 from kvlink.eval.rows import Outcome, Row, summarise
 from kvlink.eval.score import exact_match, f1
 from kvlink.recipe import PRESETS
@@ -45,10 +46,16 @@ class Report:
         return {**data, "rows": [row.to_dict() for row in self.rows]}
 
 
-def choose_items(data: str, count: int, seed: int, with_prose: bool = True) -> list[Item]:
+def choose_items(
+    data: str,
+    count: int,
+    seed: int,
+    with_prose: bool = True,
+    on_left_out: Callable[[str], None] = lambda _: None,
+) -> list[Item]:
     """Generated questions and the five over prose, or the first `count` of a file."""
     if data.partition(":")[0] != "generated":
-        return from_file(data)[:count]
+        return from_file(data, on_left_out)[:count]
     return [*load_items(data, count, seed), *(prose() if with_prose else [])]
 
 

@@ -23,7 +23,7 @@ from kvlink.cache import KVCache
 from kvlink.codecs import LowRank
 from kvlink.compress.select import choose_positions
 from kvlink.errors import ContextError
-from kvlink.eval.questions import Item, Query, Shift
+from kvlink.eval.items import Item, Query, Shift
 from kvlink.eval.rows import Outcome
 from kvlink.eval.score import exact_match, f1
 from kvlink.eval.tables import SPECTRUM_SHARE, Case

@@ -25,7 +25,7 @@ from kvlink.agent.sender import Context, Sender, Transfer
 from kvlink.codecs.base import SIDES
 from kvlink.errors import ContextError
 from kvlink.eval import line
-from kvlink.eval.questions import Item
+from kvlink.eval.items import Item
 from kvlink.eval.rows import Row
 from kvlink.model.loading import LanguageModel, load
 from kvlink.payload import CacheShape

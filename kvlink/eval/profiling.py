@@ -13,8 +13,8 @@ import torch
 
 from kvlink.codecs import step_of
 from kvlink.compress.codecs.transform import unrotated
+from kvlink.eval.items import Item
 from kvlink.eval.measure import Bench
-from kvlink.eval.questions import Item
 from kvlink.eval.tables import Case
 from kvlink.model.calibrate import build_profile
 from kvlink.model.loading import LanguageModel

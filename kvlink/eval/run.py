@@ -27,8 +27,9 @@ from blake3 import blake3
 from kvlink._release import RELEASE
 from kvlink.errors import ConfigError, ContextError, KvlinkError
 from kvlink.eval.biased import biased
+from kvlink.eval.items import Item
 from kvlink.eval.measure import Bench
-from kvlink.eval.questions import Item, distractors, padded
+from kvlink.eval.questions import distractors, padded
 from kvlink.eval.tables import Case
 from kvlink.files import OutputFolder
 from kvlink.model.loading import LanguageModel, load

@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from kvlink.eval.questions import Rules
+from kvlink.eval.items import Rules
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _REMOVED = str.maketrans("", "", string.punctuation)

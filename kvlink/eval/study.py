@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 from kvlink.errors import ConfigError
 from kvlink.eval import overhead
-from kvlink.eval.questions import Item, load_items
+from kvlink.eval.items import Item
+from kvlink.eval.questions import load_items
 from kvlink.eval.results import rows_of, to_csv, to_json, to_jsonl
 from kvlink.eval.rows import Row
 from kvlink.eval.run import Record, Settings, open_model, read_record, run
@@ -72,11 +73,12 @@ def evaluate(
     stopped go on. Raises what the data, the models and the table's options raise.
     """
     tables = study.tables()
-    data = [load_items(settings.data, study.n, settings.seed) for settings in runs]
+    notes: dict[str, None] = {}
+    data = [load_items(settings.data, study.n, settings.seed, notes.setdefault) for settings in runs]
     if len(runs) > 1:
         for settings in runs:  # a run of hours must not end at the second model's name
             open_model(settings)
-    report = Report(study.table)
+    report = Report(study.table, notes=list(notes))
     for settings, items in zip(runs, data, strict=True):
         began = time.monotonic()
         if tables:

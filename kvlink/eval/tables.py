@@ -12,7 +12,7 @@ from typing import Literal
 
 from kvlink.codecs import INTEGER_BITS
 from kvlink.errors import ConfigError
-from kvlink.eval.questions import SHIFTS, Shift
+from kvlink.eval.items import SHIFTS, Shift
 from kvlink.recipe import Recipe
 
 Kind = Literal["answer", "masked", "spectrum"]

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 from kvlink import bounds
 from kvlink.errors import ContextError
+from kvlink.texts import whole
 
 _longest: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 """Tokenizer → number of its tokens when it was looked at, bytes of the longest one."""
@@ -36,12 +37,10 @@ def most_text_bytes(tokenizer: Any, window: int) -> int:
 
 
 def require_room(tokenizer: Any, window: int, text: str, what: str) -> None:
-    """Raise ContextError where `text` is no Unicode, or too long for the window whatever its tokens are."""
+    """Raise ContextError where `text` has half a character, or is too long for the window whatever its
+    tokens are."""
     most = most_text_bytes(tokenizer, window)
-    try:
-        size = len(text) if len(text) > most else len(text.encode())
-    except UnicodeEncodeError as error:
-        raise ContextError(f"{what} is not valid Unicode: {error}") from error
+    size = len(text) if len(text) > most else len(whole(text, what).encode())
     if size > most:
         raise ContextError(
             f"{what} has {size:,} bytes or more; the model's window {window} holds at most {most:,}"

@@ -340,7 +340,8 @@ class ReceiverClient(_Client):
         await self._tell(self._stub.CancelTransfer, request)
 
     async def generate(self, ask: Ask) -> AsyncGenerator[Piece, None]:
-        request = receiver_pb2.GenerateRequest(
+        request = convert.request(
+            receiver_pb2.GenerateRequest,
             cache_id=ask.cache_id,
             question=ask.question,
             max_new_tokens=ask.max_new_tokens,
@@ -364,7 +365,7 @@ class ReceiverClient(_Client):
         return bytes(done.digest)
 
     async def delete_cache(self, cache_id: str) -> None:
-        request = receiver_pb2.DeleteCacheRequest(cache_id=cache_id)
+        request = convert.request(receiver_pb2.DeleteCacheRequest, cache_id=cache_id)
         await self._unary(self._stub.DeleteCache, request, QUICK_S)
 
 
@@ -381,10 +382,13 @@ class SenderClient(_Client):
         readers: Sequence[str] = (),
     ) -> Published:
         """Let the sender read a text and hold it; `readers` may use it beside this peer."""
-        request = sender_pb2.PublishContextRequest(
+        request = convert.request(
+            sender_pb2.PublishContextRequest,
             text=text,
             lifetime_s=lifetime_s,
-            earlier_turns=[sender_pb2.Turn(role=role, content=content) for role, content in turns],
+            earlier_turns=[
+                convert.request(sender_pb2.Turn, role=role, content=content) for role, content in turns
+            ],
             readers=readers,
         )
         done = await self._unary(self._stub.PublishContext, request)
@@ -393,7 +397,7 @@ class SenderClient(_Client):
         )
 
     async def unpublish(self, context_id: str) -> None:
-        request = sender_pb2.UnpublishContextRequest(context_id=context_id)
+        request = convert.request(sender_pb2.UnpublishContextRequest, context_id=context_id)
         await self._unary(self._stub.UnpublishContext, request, QUICK_S)
 
     async def fetch(self, fetch: Fetch) -> AsyncGenerator[bytes, None]:
@@ -403,7 +407,8 @@ class SenderClient(_Client):
             request_serializer=sender_pb2.FetchCacheRequest.SerializeToString,
             response_deserializer=None,
         )
-        request = sender_pb2.FetchCacheRequest(
+        request = convert.request(
+            sender_pb2.FetchCacheRequest,
             context_id=fetch.context_id,
             question=fetch.question,
             recipe=fetch.recipe,
@@ -442,7 +447,8 @@ class SenderClient(_Client):
                 await self._tell(self._stub.CancelDelivery, request)
 
     async def _deliver(self, delivery: Delivery) -> AsyncGenerator[Progress, None]:
-        request = sender_pb2.DeliverCacheRequest(
+        request = convert.request(
+            sender_pb2.DeliverCacheRequest,
             question=delivery.question,
             recipe=delivery.recipe,
             **_wished(delivery.wish),
@@ -450,11 +456,8 @@ class SenderClient(_Client):
             answer_here=delivery.answer_here,
             explain=delivery.explain,
             delivery_id=delivery.delivery_id,
+            **({"context_id": delivery.context_id} if delivery.context_id else {"text": delivery.text}),
         )
-        if delivery.context_id:
-            request.context_id = delivery.context_id
-        else:
-            request.text = delivery.text
         call = self._stub.DeliverCache(request, timeout=self.timeout_s, metadata=self._shown())
         async with contextlib.aclosing(self._messages(call)) as messages:
             async for message in messages:

@@ -5,11 +5,19 @@ Does not know: sockets, agents. Place on the path: just inside the services.
 
 from __future__ import annotations
 
-from kvlink.errors import RemoteProtocolError
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from kvlink.errors import ConfigError, RemoteProtocolError
 from kvlink.receipt import Capabilities, Certificate, Receipt
+from kvlink.texts import whole
 from kvlink.transport.api import Explanation, PushState, PushStatus
 from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
 from kvlink.wire.messages import fingerprint_from_proto, fingerprint_to_proto
+
+M = TypeVar("M", bound=Message)
 
 _STATES: dict[PushState, receiver_pb2.TransferState] = {
     "accepted": receiver_pb2.TRANSFER_STATE_ACCEPTED,
@@ -19,6 +27,23 @@ _STATES: dict[PushState, receiver_pb2.TransferState] = {
     "cancelled": receiver_pb2.TRANSFER_STATE_CANCELLED,
 }
 _STATE_NAMES = {value: name for name, value in _STATES.items()}
+
+
+def request(kind: Callable[..., M], **fields: Any) -> M:
+    """A message of these fields. Raises ContextError or ConfigError for one that no message can hold: half a
+    character in a text, a number out of its range."""
+    try:
+        return kind(**fields)
+    except (ValueError, TypeError) as error:
+        for name, value in fields.items():
+            what = f"the {name.replace('_', ' ')}"
+            if isinstance(value, str):
+                whole(value, what)
+            try:
+                kind(**{name: value})
+            except (ValueError, TypeError) as why:
+                raise ConfigError(f"{what} cannot be sent: {why}") from error
+        raise ConfigError(f"a request cannot be sent: {error}") from error
 
 
 def receipt_to_proto(receipt: Receipt) -> common_pb2.Receipt:

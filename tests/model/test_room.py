@@ -80,5 +80,5 @@ def test_what_fits_the_window_fits_the_bound(text):
 
 @pytest.mark.parametrize("half", ["\ud800", "a \udc80 b"])
 def test_halves_of_characters_are_named(tiny, half):
-    with pytest.raises(ContextError, match="the question is not valid Unicode"):
+    with pytest.raises(ContextError, match="the question is not whole"):
         tiny.question_ids(half, 0)

@@ -1,0 +1,97 @@
+"""Texts as people hand them over: whatever the bytes, a text of whole characters or one error that names them."""
+
+from __future__ import annotations
+
+import gzip
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvlink.errors import ConfigError, ContextError
+from kvlink.texts import half_character, read_bytes, read_text, whole
+from kvlink.transport import convert
+from kvlink.v1 import receiver_pb2, sender_pb2
+
+ANY = st.text(st.characters(codec=None), max_size=60)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=40))
+def test_a_text_comes_back_from_every_encoding_that_marks_itself(tmp_path, encoding, text):
+    path = tmp_path / "text"
+    path.write_bytes(text.encode(encoding))
+    if encoding == "utf-8" and (text.startswith("\ufeff") or "\0" in text[:4]):
+        return  # it looks like another encoding
+    assert read_text(path, "the text", 1000) == text
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@given(data=st.binary(max_size=60) | st.binary(max_size=20).map(lambda b: b"\x1f\x8b" + b))
+def test_any_bytes_are_a_text_or_one_error_that_names_the_file(tmp_path, data):
+    path = tmp_path / "any"
+    path.write_bytes(data)
+    try:
+        text = read_text(path, "the text", 1000)
+    except ContextError as error:
+        text = str(error)
+    text.encode()
+
+
+@given(ANY)
+def test_halves_of_characters_are_found_wherever_they_are(text):
+    at = half_character(text)
+    if at < 0:
+        assert whole(text, "the question").encode().decode() == text
+        return
+    assert "\ud800" <= text[at] <= "\udfff"
+    text[:at].encode()
+    with pytest.raises(ContextError, match="the question is not whole: half a character at"):
+        whole(text, "the question")
+
+
+def test_a_file_is_bounded_packed_or_not(tmp_path):
+    path = tmp_path / "x"
+    for data in (b"x" * 101, gzip.compress(b"x" * 101)):
+        path.write_bytes(data)
+        with pytest.raises(ContextError, match="the text .*x has more than 100 bytes"):
+            read_bytes(path, "the text", 100)
+    with pytest.raises(ContextError, match="/dev/zero has more than 100 bytes"):
+        read_bytes("/dev/zero", "the text", 100)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "error", "message"),
+    [
+        (receiver_pb2.GenerateRequest, {"question": "a\udce9"}, ContextError, "the question is not whole"),
+        (
+            receiver_pb2.GenerateRequest,
+            {"max_new_tokens": 2**40},
+            ConfigError,
+            "the max new tokens cannot be sent",
+        ),
+        (
+            receiver_pb2.GenerateRequest,
+            {"max_new_tokens": -1},
+            ConfigError,
+            "the max new tokens cannot be sent",
+        ),
+        (sender_pb2.PublishContextRequest, {"text": "\ud83c"}, ContextError, "the text is not whole"),
+        (
+            sender_pb2.PublishContextRequest,
+            {"text": "x", "readers": ["a\udce9"]},
+            ConfigError,
+            "the readers cannot",
+        ),
+        (
+            sender_pb2.PublishContextRequest,
+            {"lifetime_s": 2**70},
+            ConfigError,
+            "the lifetime s cannot be sent",
+        ),
+    ],
+)
+def test_what_no_message_can_hold_is_refused_by_the_name_of_its_field(kind, fields, error, message):
+    with pytest.raises(error, match=message):
+        convert.request(kind, **fields)
