@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from kvlink.payload import Fingerprint
+from kvlink.sketch import Sketch
 
 STAGES = (
     "prefill",
@@ -103,6 +104,7 @@ class Capabilities:
     codecs: tuple[str, ...] = ("raw", "lossless", "int8", "int4", "int3", "int2", "int1", "svd", "transform")
     coders: tuple[str, ...] = ("identity", "zstd", "rans")
     limits: dict[str, int] = field(default_factory=dict)
+    sketch: Sketch | None = None
     prefill_tokens_per_s: float = 0.0
     profiles: tuple[bytes, ...] = ()
     protocol_min: int = 1

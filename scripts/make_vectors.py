@@ -21,6 +21,7 @@ from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import pack_part
 from kvlink.payload import CacheShape, Fingerprint, Prompt
 from kvlink.recipe import Recipe
+from kvlink.sketch import Sketch
 from kvlink.wire.file import write_frames
 from kvlink.wire.messages import Manifest
 from kvlink.wire.session import SendSession
@@ -40,6 +41,7 @@ VECTORS = {
     "low-rank": ("int8 svd=3", None, "bfloat16"),
     "transform": ("transform=0.25 basis=own", None, "bfloat16"),
     "transform-kept": ("q2c@0.3 transform=0.5 basis=own", (0, 1, 5, 9, 17), "float16"),
+    "sketch": ("int8", None, "bfloat16"),
     "transform-tiers": ("q2c@0.3 transform=0.25 rest=2 basis=own", (0, 1, 5, 9, 17), "bfloat16"),
 }
 
@@ -64,8 +66,9 @@ def known() -> CodecContext:
     return CodecContext(((angle.cos(), angle.sin()),) * 2, None, ((units, units),) * 2)
 
 
-def transfer(recipe: Recipe, kept: tuple[int, ...] | None, dtype: str) -> list[bytes]:
+def transfer(recipe: Recipe, kept: tuple[int, ...] | None, dtype: str, sketched: bool) -> list[bytes]:
     full = cache(dtype)
+    sketch = Sketch(2, tuple(range(-10_000, 10_000, 1000))) if sketched else None
     manifest = Manifest(
         transfer_id=bytes(range(16)),
         fingerprint=Fingerprint(*(bytes([i]) * 16 for i in range(1, 6))),
@@ -74,6 +77,7 @@ def transfer(recipe: Recipe, kept: tuple[int, ...] | None, dtype: str) -> list[b
         prompt=Prompt("plain/1", b"Context: ", b"\n"),
         context_digest=bytes(16),
         text_bytes=len(TEXT) if recipe.mode == "text" else 0,
+        sketch=sketch,
     )
     session = SendSession(manifest, chunk_bytes=400)
     if recipe.mode == "text":
@@ -121,7 +125,7 @@ def main() -> None:
         if path.exists():
             continue
         recipe = Recipe.parse(text)
-        frames = transfer(recipe, kept, dtype)
+        frames = transfer(recipe, kept, dtype, name == "sketch")
         out = io.BytesIO()
         write_frames(frames, out)
         path.write_bytes(out.getvalue())

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "kvlink"
 
 LEVELS = {
     "_release": 0, "bounds": 0, "defaults": 0, "errors": 0, "files": 0, "observe": 0, "quoting": 0, "codecs": 0,
-    "recipe": 0, "payload": 0, "receipt": 0, "cache": 0, "profile": 0, "texts": 0, "v1": 0,
+    "recipe": 0, "payload": 0, "receipt": 0, "cache": 0, "sketch": 0, "profile": 0, "texts": 0, "v1": 0,
     "compress": 1, "wire": 1,
     "model": 2, "transport": 2, "plan": 2,
     "agent": 3,
@@ -35,6 +35,7 @@ SAME_LEVEL = {
     ("recipe", "codecs"),
     ("payload", "errors"),
     ("profile", "payload"),
+    ("receipt", "sketch"),
 }
 
 FORBIDDEN = {
@@ -47,6 +48,7 @@ FORBIDDEN = {
     "recipe": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
     "payload": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
     "receipt": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
+    "sketch": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
     "profile": {"transformers", "grpc", "google"},
     "cache": {"transformers", "grpc", "google"},
     "compress": {"grpc", "google", "transformers", "kvlink.wire", "kvlink.model", "kvlink.v1"},

@@ -127,6 +127,7 @@ class Intake:
         own_shape = cache_shape(lm, shape.tokens)
         if manifest.mode == "kv":
             _check_shape(shape, own_shape)
+            lm.sketch.require_match(manifest.sketch)
             self._profile = self._find_profile(manifest.recipe)
         # Coded bytes and the rebuilt cache exist together for a moment.
         self.needed_bytes = 2 * own_shape.cache_bytes

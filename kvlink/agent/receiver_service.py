@@ -67,6 +67,7 @@ class ReceiverService:
         return Capabilities(
             model_name=lm.name,
             fingerprint=lm.fingerprint,
+            sketch=lm.sketch,
             dtype=lm.dtype,
             release=RELEASE,
             limits={

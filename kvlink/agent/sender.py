@@ -406,6 +406,7 @@ class Sender:
             prompt=context.prompt,
             context_digest=context.digest,
             text_bytes=len(context.text.encode()) if recipe.mode == "text" else 0,
+            sketch=self.lm.sketch if recipe.mode == "kv" else None,
         )
         session = SendSession(manifest, self._chunk_bytes)
         frames = (session.open(), *session.segment(body), session.end())

@@ -82,6 +82,7 @@ class SenderService:
         return Capabilities(
             model_name=lm.name,
             fingerprint=lm.fingerprint,
+            sketch=lm.sketch,
             dtype=lm.dtype,
             release=RELEASE,
             limits={"max_context_tokens": lm.window, "max_text_bytes": self.settings.max_text_bytes},
@@ -303,9 +304,12 @@ class SenderService:
     async def _compare(self, peer: ReceiverClient, recipe: Recipe) -> Capabilities:
         """Identity before bytes: nothing is read or packed for a receiver that cannot use it."""
         there = await peer.capabilities()
-        self._sender.lm.fingerprint.require_match(there.fingerprint, recipe.mode)
-        if recipe.mode == "kv" and there.dtype != self._sender.lm.dtype:
-            raise IdentityError(f"dtype: here {self._sender.lm.dtype}, at the peer {there.dtype}")
+        lm = self._sender.lm
+        lm.fingerprint.require_match(there.fingerprint, recipe.mode)
+        if recipe.mode == "kv":
+            if there.dtype != lm.dtype:
+                raise IdentityError(f"dtype: here {lm.dtype}, at the peer {there.dtype}")
+            lm.sketch.require_match(there.sketch)
         return there
 
     def _needed(self, text: str, turns: list[Turn]) -> int:

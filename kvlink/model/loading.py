@@ -21,6 +21,7 @@ from kvlink.cache import DTYPES
 from kvlink.defaults import ATTENTION, DEVICE, DTYPE
 from kvlink.errors import ConfigError, ContextError, ModelError, UnsupportedCacheError
 from kvlink.model.fingerprint import fingerprint_of, stamp
+from kvlink.model.probe import remembered_sketch
 from kvlink.model.room import most_text_bytes, require_room
 from kvlink.model.sources import EMBEDDED as EMBEDDED
 from kvlink.model.sources import embedded_folder as embedded_folder
@@ -29,6 +30,7 @@ from kvlink.model.template import Template, Turn, template_for
 from kvlink.model.tokens import Encoder, encoder_for
 from kvlink.payload import Fingerprint, Prompt
 from kvlink.profile import Profile
+from kvlink.sketch import Sketch
 
 PROFILE_FILE = "kvlink.profile"
 """A profile of this name in a model's folder is used with it."""
@@ -48,6 +50,7 @@ class LanguageModel:
     tokenizer: Any
     template: Template
     fingerprint: Fingerprint
+    sketch: Sketch
     attention: str
     profile: Profile | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -194,7 +197,9 @@ def wrap(name: str, model: Any, tokenizer: Any, files: list[Any] | None = None) 
         raise UnsupportedCacheError(f"the cache dtype must be one of {', '.join(DTYPES)}, got {model.dtype}")
     template = template_for(tokenizer)
     fingerprint = fingerprint_of(model, tokenizer, template, files)
-    lm = LanguageModel(name, model, tokenizer, template, fingerprint, model.config._attn_implementation)
+    sketch = remembered_sketch(model, fingerprint, files)
+    attention = model.config._attn_implementation
+    lm = LanguageModel(name, model, tokenizer, template, fingerprint, sketch, attention)
     try:
         lm.question_ids("x", len(lm.context_ids("x")))
     except ContextError as error:

@@ -15,7 +15,12 @@ from kvlink.receipt import Capabilities, Certificate, Receipt
 from kvlink.texts import whole
 from kvlink.transport.api import Explanation, PushState, PushStatus
 from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
-from kvlink.wire.messages import fingerprint_from_proto, fingerprint_to_proto
+from kvlink.wire.messages import (
+    fingerprint_from_proto,
+    fingerprint_to_proto,
+    sketch_from_proto,
+    sketch_to_proto,
+)
 
 M = TypeVar("M", bound=Message)
 
@@ -107,6 +112,7 @@ def capabilities_to_proto(value: Capabilities) -> common_pb2.Capabilities:
         protocol_max=value.protocol_max,
         model_name=value.model_name,
         fingerprint=fingerprint_to_proto(value.fingerprint),
+        sketch=sketch_to_proto(value.sketch),
         modes=value.modes,
         codecs=value.codecs,
         coders=value.coders,
@@ -122,6 +128,7 @@ def capabilities_from_proto(message: common_pb2.Capabilities) -> Capabilities:
     return Capabilities(
         model_name=message.model_name,
         fingerprint=fingerprint_from_proto(message.fingerprint),
+        sketch=sketch_from_proto(message),
         dtype=message.dtype,
         release=message.release,
         modes=tuple(message.modes),

@@ -133,7 +133,7 @@ class Frame(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., segment_header: _Optional[_Union[SegmentHeader, _Mapping]] = ..., segment_end: _Optional[_Union[SegmentEnd, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("protocol_version", "transfer_id", "mode", "fingerprint", "shape", "recipe", "prompt", "context_digest", "text_bytes")
+    __slots__ = ("protocol_version", "transfer_id", "mode", "fingerprint", "shape", "recipe", "prompt", "context_digest", "text_bytes", "sketch")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +143,7 @@ class Manifest(_message.Message):
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TEXT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SKETCH_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     transfer_id: bytes
     mode: Mode
@@ -152,7 +153,8 @@ class Manifest(_message.Message):
     prompt: Prompt
     context_digest: bytes
     text_bytes: int
-    def __init__(self, protocol_version: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., mode: _Optional[_Union[Mode, str]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., shape: _Optional[_Union[CacheShape, _Mapping]] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., context_digest: _Optional[bytes] = ..., text_bytes: _Optional[int] = ...) -> None: ...
+    sketch: Sketch
+    def __init__(self, protocol_version: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., mode: _Optional[_Union[Mode, str]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., shape: _Optional[_Union[CacheShape, _Mapping]] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., context_digest: _Optional[bytes] = ..., text_bytes: _Optional[int] = ..., sketch: _Optional[_Union[Sketch, _Mapping]] = ...) -> None: ...
 
 class Fingerprint(_message.Message):
     __slots__ = ("weights", "architecture", "rotary", "tokenizer", "template")
@@ -167,6 +169,14 @@ class Fingerprint(_message.Message):
     tokenizer: bytes
     template: bytes
     def __init__(self, weights: _Optional[bytes] = ..., architecture: _Optional[bytes] = ..., rotary: _Optional[bytes] = ..., tokenizer: _Optional[bytes] = ..., template: _Optional[bytes] = ...) -> None: ...
+
+class Sketch(_message.Message):
+    __slots__ = ("layers", "numbers")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    layers: int
+    numbers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layers: _Optional[int] = ..., numbers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CacheShape(_message.Message):
     __slots__ = ("layers", "kv_heads", "tokens", "head_size", "dtype", "whole_layers")

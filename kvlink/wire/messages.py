@@ -12,9 +12,11 @@ from dataclasses import dataclass, fields
 from typing import cast
 
 from kvlink import bounds
-from kvlink.errors import KvlinkError, RemoteProtocolError
+from kvlink.errors import IdentityError, KvlinkError, RemoteProtocolError
 from kvlink.payload import CacheShape, Fingerprint, Mode, Prompt
 from kvlink.recipe import Recipe
+from kvlink.sketch import Sketch
+from kvlink.v1 import common_pb2
 from kvlink.v1 import wire_pb2 as pb
 from kvlink.wire.mapping import read, write
 
@@ -34,6 +36,7 @@ class Manifest:
     prompt: Prompt
     context_digest: bytes
     text_bytes: int = 0
+    sketch: Sketch | None = None
     protocol_version: int = PROTOCOL_VERSION
 
     @property
@@ -57,6 +60,20 @@ def fingerprint_from_proto(message: pb.Fingerprint) -> Fingerprint:
                 f"fingerprint.{name}: expected {DIGEST_BYTES} bytes, found {len(digest)}"
             )
     return Fingerprint(**parts)
+
+
+def sketch_to_proto(value: Sketch | None) -> pb.Sketch | None:
+    return None if value is None else pb.Sketch(layers=value.layers, numbers=value.numbers)
+
+
+def sketch_from_proto(message: pb.Manifest | common_pb2.Capabilities) -> Sketch | None:
+    """The sketch of a message that may have one. Raises RemoteProtocolError where it is none."""
+    if not message.HasField("sketch"):
+        return None
+    try:
+        return Sketch(message.sketch.layers, tuple(message.sketch.numbers))
+    except IdentityError as error:
+        raise RemoteProtocolError(str(error)) from error
 
 
 def recipe_to_proto(recipe: Recipe) -> pb.Recipe:
@@ -120,6 +137,7 @@ def manifest_to_proto(value: Manifest) -> pb.Manifest:
         ),
         context_digest=value.context_digest,
         text_bytes=value.text_bytes,
+        sketch=sketch_to_proto(value.sketch),
     )
 
 
@@ -156,5 +174,6 @@ def manifest_from_proto(message: pb.Manifest) -> Manifest:
         prompt=Prompt(message.prompt.template_id, message.prompt.before, message.prompt.after),
         context_digest=message.context_digest,
         text_bytes=message.text_bytes,
+        sketch=sketch_from_proto(message),
         protocol_version=message.protocol_version,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import sys
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from kvlink.errors import (
     RemoteProtocolError,
     TruncatedError,
 )
+from kvlink.model.loading import wrap
 from kvlink.model.restore import cache_shape
 from kvlink.recipe import Wish
 from kvlink.transport.api import Ask, Fetch, PushStatus
@@ -320,6 +322,26 @@ async def test_a_forged_capability_does_not_help(pair, random_lm):
     frames = other.pack(other.read(TEXT), QUESTION, "raw").frames
     with pytest.raises(IdentityError, match="weights differ"):
         [item async for item in pair.target.push(frames)]
+
+
+async def test_what_only_the_probe_sees_is_refused_before_any_byte_and_at_the_manifest(pair, random_lm):
+    """The same files and the same fingerprint, but the model that runs was changed."""
+    model = copy.deepcopy(random_lm("qwen2", "bfloat16").model)
+    model.model.rotary_emb.inv_freq *= 0.9
+    other = wrap("changed", model, pair.sender._sender.lm.tokenizer)
+    assert other.fingerprint == pair.sender._sender.lm.fingerprint
+    forged = Sender(other)
+    frames = forged.pack(forged.read(TEXT), QUESTION, "raw").frames
+    with pytest.raises(
+        IdentityError, match="probe: the caches of a fixed text differ from the keys of layer 0"
+    ):
+        [item async for item in pair.target.push(frames)]
+    pair.receiver._receiver = Receiver(other)
+    async with relay(pair.receiver_port) as wire:
+        with pytest.raises(IdentityError, match="probe: the caches of a fixed text differ"):
+            await pair.deliver("raw", receiver=f"127.0.0.1:{wire.port}")
+        assert len(wire.seen) < 2000
+    assert (await pair.deliver("text")).cache_id, "text needs the tokenizer and the template only"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from hypothesis import given
 
 from kvlink.errors import IdentityError, RemoteProtocolError
 from kvlink.payload import CacheShape, Fingerprint
+from kvlink.sketch import Sketch
 from kvlink.v1 import wire_pb2 as pb
 from kvlink.wire.messages import (
     manifest_from_proto,
@@ -32,6 +33,8 @@ def test_manifests_round_trip():
     for recipe in ("q2c@0.5 int4", "text", "raw"):
         manifest, _, _ = make_transfer(recipe)
         assert manifest_from_proto(manifest_to_proto(manifest)) == manifest
+        sketched = replace(manifest, sketch=Sketch(3, tuple(range(-30, 30, 2))))
+        assert manifest_from_proto(manifest_to_proto(sketched)) == sketched
 
 
 def test_shapes_with_whole_layers_round_trip():

@@ -227,6 +227,21 @@ HOSTILE = {
         RemoteProtocolError,
         "fingerprint.rotary",
     ),
+    "empty sketch": (
+        _at(0, lambda m: m.manifest.sketch.SetInParent()),
+        RemoteProtocolError,
+        "sketch: expected",
+    ),
+    "long sketch": (
+        _at(0, lambda m: m.manifest.sketch.MergeFrom(pb.Sketch(layers=2, numbers=[1] * 100_000))),
+        RemoteProtocolError,
+        "expected 20 numbers for 2 layers, found 100000",
+    ),
+    "sketch of huge numbers": (
+        _at(0, lambda m: m.manifest.sketch.MergeFrom(pb.Sketch(layers=1, numbers=[-(2**31)] * 10))),
+        RemoteProtocolError,
+        "not within",
+    ),
     "mode against recipe": (_at(0, _set("manifest.mode", pb.MODE_TEXT)), RemoteProtocolError, "does not fit"),
     "unknown mode": (_at(0, _set("manifest.mode", 77)), RemoteProtocolError, "mode 77"),
     "no layers": (_at(0, _set("manifest.shape.layers", 0)), RemoteProtocolError, "shape.layers"),
