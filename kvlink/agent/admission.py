@@ -1,7 +1,8 @@
 """Admission: how many may work at a time, who waits, and for how long.
 
 A full agent lets callers wait their turn rather than fall over, one of each peer in turn, so that a
-peer with many calls does not starve one with few; beyond the queue it says when to try again.
+peer with many calls does not starve one with few; beyond the queue it says when to try again. No peer
+has more than its share of the places and of the queue, and a full queue makes way for who waits less.
 
 Does not know: what the work is. Place on the path: in front of it.
 """
@@ -13,6 +14,7 @@ from collections import Counter, OrderedDict, deque
 from types import TracebackType
 from typing import Self
 
+from kvlink.agent.shares import half
 from kvlink.errors import BusyError
 
 
@@ -38,9 +40,8 @@ class Ticket:
 
 
 class Gate:
-    """`places` at a time, `places_each` for one peer; `waiting` more in all wait up to `wait_s`.
-
-    For one event loop.
+    """`places` at a time, `places_each` for one peer (0: half); `waiting` more in all, half of them for
+    one peer, wait up to `wait_s`. For one event loop.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class Gate:
     ) -> None:
         self._what = what
         self.places = places
-        self._places_each = places_each or places
-        self._waiting = waiting
+        self._places_each = places_each or half(places)
+        self._waiting, self._waiting_each = waiting, half(waiting)
         self._wait_s = wait_s
         self._inside: Counter[str] = Counter()
         self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
@@ -71,14 +72,15 @@ class Gate:
         if not self._queues.get(who) and self._free(who):
             self._inside[who] += 1
             return Ticket(self, who)
-        if self.queued >= self._waiting:
+        mine = len(self._queues.get(who, ()))
+        if mine >= self._waiting_each or (self.queued >= self._waiting and not self._make_way(mine)):
             raise self._busy()
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(who, deque()).append(turn)
         try:
             await asyncio.wait_for(asyncio.shield(turn), self._wait_s)
         except BaseException as error:
-            if turn.done() and not turn.cancelled():  # a place came in the same moment
+            if turn.done() and not turn.cancelled() and not turn.exception():  # a place came in that moment
                 self._left(who)
             else:
                 turn.cancel()
@@ -90,7 +92,8 @@ class Gate:
 
     def _busy(self) -> BusyError:
         return BusyError(
-            f"at most {self.places} {self._what} at a time, {self.queued} wait; try again later",
+            f"at most {self.places} {self._what} at a time, {self._places_each} of one peer, "
+            f"{self.queued} wait; try again later",
             min(max(self._wait_s / 4, 0.5), 5.0),
         )
 
@@ -118,6 +121,17 @@ class Gate:
                     turn.set_result(None)
                     progress = True
                     break
+
+    def _make_way(self, mine: int) -> bool:
+        """Send the newest waiter of the peer with most of them away for one that has `mine`."""
+        who = max(self._queues, key=lambda peer: len(self._queues[peer]), default="")
+        longest = self._queues.get(who, deque())
+        if len(longest) <= mine + 1:
+            return False
+        turn = longest[-1]
+        self._forget(who, turn)
+        turn.set_exception(self._busy())
+        return True
 
     def _forget(self, who: str, turn: asyncio.Future[None]) -> None:
         queue = self._queues.get(who)

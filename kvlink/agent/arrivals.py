@@ -20,6 +20,7 @@ from typing import Any
 from kvlink.agent.admission import Gate, Ticket
 from kvlink.agent.receiver import Held, Intake, Receiver
 from kvlink.agent.settings import ReceiverSettings
+from kvlink.agent.shares import Whose
 from kvlink.agent.staging import Staged, Staging
 from kvlink.agent.store import Store
 from kvlink.agent.threads import to_thread
@@ -49,6 +50,8 @@ class Incoming:
     state: PushState = "accepted"
     why: str = ""
     cache_id: str = ""
+    begun: bool = False
+    """Whether a frame has come after the manifest."""
     receipt: Receipt = field(default_factory=Receipt)
     file: Staged | None = None
     unsaved: list[bytes] = field(default_factory=list)
@@ -61,6 +64,10 @@ class Incoming:
     def key(self) -> bytes:
         manifest = self.intake.manifest
         return manifest.transfer_id if manifest else b""
+
+    @property
+    def whose(self) -> Whose:
+        return Whose.left_by(self.caller)
 
 
 class Arrivals:
@@ -90,6 +97,7 @@ class Arrivals:
         """Take one frame, in a thread. Whether frames have become durable since the last time."""
         usable = incoming.intake.usable
         incoming.intake.take(frame)
+        incoming.begun = True
         incoming.unsaved_bytes += len(frame)
         if incoming.file is not None:
             incoming.unsaved.append(frame)
@@ -125,7 +133,7 @@ class Arrivals:
             del self._incoming[key]  # it was complete, and its cache is gone: take it anew, or from disk
             known = None
         if known is None:
-            ticket = await self.gate.enter(caller.name)
+            ticket = await self.gate.enter(caller.account)
             if key in self._incoming:  # another stream was faster
                 ticket.leave()
             else:
@@ -145,7 +153,7 @@ class Arrivals:
     ) -> None:
         """Make room for a transfer, and fill it with what an earlier life of this agent has kept."""
         try:
-            self._store.reserve(intake.needed_bytes, caller.name)
+            self._store.reserve(intake.needed_bytes, Whose.left_by(caller))
         except KvlinkError:
             ticket.leave()
             raise
@@ -175,6 +183,7 @@ class Arrivals:
                 if notes and frames[:1] == [frame]:  # without notes nobody knows whose it is
                     for kept in frames[1:]:
                         incoming.intake.take(kept)
+                        incoming.begun = True
                     incoming.cache_id = str(notes.get("cache_id", "")) if incoming.intake.held else ""
                     log.info(
                         "transfer goes on from disk at frame %d", len(frames), extra=log_fields(incoming)
@@ -198,7 +207,7 @@ class Arrivals:
     def _keep(self, incoming: Incoming, held: Held) -> None:
         """Complete: the cache moves into the store, and the transfer's place is free."""
         caller = incoming.caller
-        self._store.release(incoming.reserved_bytes, caller.name)
+        self._store.release(incoming.reserved_bytes, incoming.whose)
         incoming.reserved_bytes = 0
         incoming.receipt = receipt = held.receipt
         _, until = self._shelf.get(incoming.cache_id, (b"", time.time() + self.settings.cache_lifetime_s))
@@ -206,8 +215,7 @@ class Arrivals:
             held,
             held.nbytes,
             max(until - time.time(), 1e-3),
-            owner=caller.name,
-            readers=caller.readers,
+            whose=incoming.whose,
             key=incoming.cache_id,
         )
         incoming.intake.release()  # the store's bound and lifetime decide from here on
@@ -238,9 +246,15 @@ class Arrivals:
             if self._staging is not None:
                 self._staging.forget(incoming.key)
 
+    def drop(self, incoming: Incoming) -> None:
+        """Forget a transfer that brought nothing but its manifest: its place is free, its id can begin anew."""
+        if not incoming.begun and incoming.state == "accepted":
+            self.end(incoming, "failed", "nothing came after its manifest")
+            del self._ended[incoming.key]
+
     def _let_go(self, incoming: Incoming) -> None:
         """Free a transfer's memory and place."""
-        self._store.release(incoming.reserved_bytes, incoming.caller.name)
+        self._store.release(incoming.reserved_bytes, incoming.whose)
         incoming.reserved_bytes = 0
         incoming.ticket.leave()
         incoming.intake.release()
@@ -286,7 +300,7 @@ class Arrivals:
             return
         notes, manifest_frame = self._staging.notes(key), self._staging.first_frame(key)
         if manifest_frame:
-            owner = Caller(str(notes.get("owner", "")), tuple(notes.get("readers", ())))
+            owner = _noted(notes)
             incoming = await self.admit(manifest_frame, object(), owner)
             async with incoming.lock:  # another question may be bringing it back already
                 pass
@@ -318,12 +332,14 @@ class Arrivals:
                 self.end(incoming, "cancelled", "given up by the sender")
 
     def forget_cache(self, cache_id: str, caller: Caller) -> None:
-        """Remove a cache, in memory and on disk. Raises NotFoundError where it is not this peer's."""
+        """Remove a cache, in memory and on disk.
+
+        Raises NotFoundError where it is none of this peer's business, AccessError where it may only read.
+        """
         key, _ = self._shelf.get(cache_id, (b"", 0.0))
         if key and cache_id not in self._store:
             notes = self._staging.notes(key) if self._staging else {}
-            if caller.name not in (notes.get("owner"), *notes.get("readers", ())):
-                raise NotFoundError("no cache with this id: never there, deleted or expired")
+            self._store.check_removable(Whose.left_by(_noted(notes)), caller.name)
         else:
             self._store.delete(cache_id, caller.name)
         if key:
@@ -332,7 +348,16 @@ class Arrivals:
 
 def _whose(caller: Caller) -> dict[str, Any]:
     """What is noted on disk of who began a transfer."""
-    return {"owner": caller.name, "readers": list(caller.readers)}
+    return {
+        "owner": caller.name, "readers": list(caller.readers), "asked_by": caller.asked_by, "host": caller.host,
+    }  # fmt: skip
+
+
+def _noted(notes: dict[str, Any]) -> Caller:
+    """Who began a transfer, as it was noted."""
+    told = {name: str(notes.get(name, "")) for name in ("owner", "asked_by", "host")}
+    readers = tuple(map(str, notes.get("readers", ())))
+    return Caller(told["owner"], readers, asked_by=told["asked_by"], host=told["host"])
 
 
 def log_fields(incoming: Incoming) -> dict[str, Any]:

@@ -45,11 +45,12 @@ class ReceiverService:
         self.observer = observer or Observer("receiver")
         self.store: Store[Held] = Store(
             "cache", told.max_held_bytes, told.cache_lifetime_s,
-            max_owner_bytes=told.max_peer_bytes, fresh_s=told.unused_s, wipe=Held.wipe,
+            max_peer_bytes=told.max_peer_bytes, fresh_s=told.unused_s, wipe=Held.wipe,
         )  # fmt: skip
         self._generations = Gate(
-            "generations", told.max_generations, waiting=told.max_waiting, wait_s=told.wait_s
-        )
+            "generations", told.max_generations, places_each=told.max_peer_generations,
+            waiting=told.max_waiting, wait_s=told.wait_s,
+        )  # fmt: skip
         self.arrivals = Arrivals(receiver, self.store, told, self.observer)
         self._prefill_tokens_per_s = 0.0
         for name, what, read in (
@@ -106,6 +107,8 @@ class ReceiverService:
                     incoming.intake.session.next_sequence,
                     extra=log_fields(incoming),
                 )
+                if incoming.feeder is me:
+                    self.arrivals.drop(incoming)
                 raise
             except Exception as error:
                 if incoming.feeder is me:
@@ -145,19 +148,27 @@ class ReceiverService:
                 return
 
     async def _next(self, frames: AsyncIterator[bytes], incoming: Incoming | None = None) -> bytes:
-        """The next frame of a stream. Raises TruncatedError where it ends, or brings none for long."""
-        where = incoming.intake.session.next_sequence if incoming else 0
+        """The next frame of a stream.
+
+        Raises TruncatedError where it ends, or brings none for long; BusyError where it has a place and
+        does not begin.
+        """
+        begun = incoming is not None and incoming.begun
+        wait_s = self.settings.idle_s if begun else self.settings.start_s
         try:
-            return await asyncio.wait_for(anext(frames), self.settings.idle_s)
-        except (StopAsyncIteration, TimeoutError) as error:
-            how = (
-                "ended"
-                if isinstance(error, StopAsyncIteration)
-                else f"brought nothing for {self.settings.idle_s:g} s"
-            )
-            raise TruncatedError(
-                f"the stream {how} before frame {where}; the same transfer id and manifest resume it there"
-            ) from None
+            return await asyncio.wait_for(anext(frames), wait_s)
+        except TimeoutError:
+            if incoming is not None and not begun:
+                raise BusyError(
+                    f"no frame within {wait_s:g} s after the manifest: the place goes to others; try again"
+                ) from None
+            how = f"brought nothing for {wait_s:g} s"
+        except StopAsyncIteration:
+            how = "ended"
+        where = incoming.intake.session.next_sequence if incoming else 0
+        raise TruncatedError(
+            f"the stream {how} before frame {where}; the same transfer id and manifest resume it there"
+        )
 
     async def generate(self, ask: Ask, caller: Caller = NOBODY) -> AsyncGenerator[Piece, None]:
         """Answer from a held cache, a token at a time, on a view of its own."""
@@ -177,7 +188,7 @@ class ReceiverService:
                 )
 
             with (
-                await self._generations.enter(caller.name),
+                await self._generations.enter(caller.account),
                 self.observer.span("generate", caller.trace, transfer=held.receipt.transfer_id) as told,
             ):
                 first_s = last_s = 0.0

@@ -24,6 +24,7 @@ from kvlink.agent.admission import Gate
 from kvlink.agent.outbox import Outbox, Packed
 from kvlink.agent.sender import Context, Sender, Transfer
 from kvlink.agent.settings import LOOPBACK_PEERS, SenderSettings
+from kvlink.agent.shares import Whose
 from kvlink.agent.staging import Staging
 from kvlink.agent.store import Store
 from kvlink.agent.threads import to_thread
@@ -62,11 +63,14 @@ class SenderService:
         self.observer = observer or Observer("sender")
         self.store: Store[Context] = Store(
             "context", told.max_held_bytes, told.context_lifetime_s,
-            max_owner_bytes=told.max_peer_bytes, wipe=Context.wipe,
+            max_peer_bytes=told.max_peer_bytes, wipe=Context.wipe,
         )  # fmt: skip
         staging = Staging(told.staging, told.max_staged_bytes) if told.staging else None
         self.outbox = Outbox(told.resume_lifetime_s, told.max_packed_bytes, staging)
-        self._work = Gate("reads", told.max_reads, waiting=told.max_waiting, wait_s=told.wait_s)
+        self._work = Gate(
+            "reads", told.max_reads, places_each=told.max_peer_reads,
+            waiting=told.max_waiting, wait_s=told.wait_s,
+        )  # fmt: skip
         self._telling: set[asyncio.Task[None]] = set()
         self._prefill_tokens_per_s = 0.0
         for name, what, read in (
@@ -94,14 +98,14 @@ class SenderService:
     ) -> Published:
         """Read a text and hold it for its publisher and the readers that were named."""
         earlier = [Turn(role, content) for role, content in turns]
-        with await self._work.enter(caller.name):
+        with await self._work.enter(caller.account):
             needed = await to_thread(self._needed, text, earlier)
-            self.store.reserve(needed, caller.name)
+            self.store.reserve(needed, Whose.left_by(caller))
             try:
                 context = await self._read(text, earlier)
             finally:
-                self.store.release(needed, caller.name)
-        key = self.store.put(context, context.nbytes, lifetime_s, owner=caller.name, readers=caller.readers)
+                self.store.release(needed, Whose.left_by(caller))
+        key = self.store.put(context, context.nbytes, lifetime_s, whose=Whose.left_by(caller))
         lasting = self.store.granted_s(lifetime_s)
         return Published(key, context.cache.tokens, context.cache.nbytes, context.prefill_s, int(lasting))
 
@@ -207,7 +211,7 @@ class SenderService:
         own, told = "", Explanation()
         context = await contexts.get() if delivery.answer_here or delivery.explain else None
         if context is not None:
-            with await self._work.enter(caller.name):
+            with await self._work.enter(caller.account):
                 if delivery.answer_here:
                     own = (await to_thread(self._sender.answer, context, delivery.question)).text
                 if delivery.explain:
@@ -242,14 +246,15 @@ class SenderService:
         """Push frames, again after a cut and from where the receiver is, until it is complete."""
         began, failed = time.perf_counter(), 0
         last_s = CALL_S if caller.remaining_s is None else caller.remaining_s
-        readers = [caller.name] if caller.name else []
         while True:
             try:
                 left_s = last_s - (time.perf_counter() - began)
                 # It answered a moment ago: where it refuses now it may be on its way up again.
                 async with self._dial(address, caller, CONNECT_S) as peer:
                     before = peer.socket_count()
-                    async with aclosing(peer.push(transfer.frames, readers, max(left_s, 0.001))) as told:
+                    async with aclosing(
+                        peer.push(transfer.frames, timeout_s=max(left_s, 0.001), asked_by=caller.name)
+                    ) as told:
                         async for item in told:
                             if isinstance(item, int):
                                 failed = 0
@@ -275,7 +280,7 @@ class SenderService:
         self, context: Context, question: str, recipe: Recipe, wish: Wish, key: bytes, caller: Caller
     ) -> Transfer:
         with (
-            await self._work.enter(caller.name),
+            await self._work.enter(caller.account),
             self.observer.span("pack", caller.trace, transfer=key.hex()) as span,
         ):
             found = await to_thread(self._sender.pack, context, question, recipe, wish, None, key)
@@ -359,10 +364,10 @@ class _Contexts:
                     service.store.lease(told.context_id, self._caller.name)
                 )
             else:
-                with await service._work.enter(self._caller.name):
+                with await service._work.enter(self._caller.account):
                     needed = await to_thread(service._needed, told.text, [])
-                    service.store.reserve(needed, self._caller.name)
-                    self._held.callback(service.store.release, needed, self._caller.name)
+                    service.store.reserve(needed, Whose.left_by(self._caller))
+                    self._held.callback(service.store.release, needed, Whose.left_by(self._caller))
                     self._found = await service._read(told.text)
                 self._held.callback(self._found.wipe)
                 self.prefill_s = self._found.prefill_s

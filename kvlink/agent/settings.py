@@ -44,10 +44,10 @@ def setting(default: Any, help: str, *, least: float = 0, option: str = "") -> A
 
 @dataclass(frozen=True, slots=True)
 class ReceiverSettings:
-    """Bounds of a receiver agent. Lifetimes in seconds; 0 for one peer means as for all."""
+    """Bounds of a receiver agent. Lifetimes in seconds; 0 for one peer means half of what is for all."""
 
     max_held_bytes: int = setting(_MEMORY_BYTES, "Memory for held caches.", least=1)
-    max_peer_bytes: int = setting(0, "Of it for one peer; 0: all.", option="max-peer-held")
+    max_peer_bytes: int = setting(0, "Of it for one peer; 0: half.", option="max-peer-held")
     max_cache_bytes: int = setting(_LIMITS.max_cache_bytes, "Memory of one cache.", least=1)
     max_context_tokens: int = setting(_LIMITS.max_context_tokens, "Tokens of one context.", least=1)
     max_frame_bytes: int = setting(_LIMITS.max_frame_bytes, "Bytes of one frame.", least=1)
@@ -60,14 +60,18 @@ class ReceiverSettings:
     unused_s: float = setting(30.0, "Seconds in which a cache that nobody has asked yet is not made room of.")
     resume_lifetime_s: float = setting(_RESUME_S, "Seconds to resume a broken transfer in.")
     transfer_deadline_s: float = setting(900.0, "Seconds from a transfer's first frame to its end.")
+    start_s: float = setting(
+        5.0, "Seconds after which a transfer that brings nothing after its manifest loses its place."
+    )
     idle_s: float = setting(300.0, "Seconds after which a stream that brings no frame is ended.")
     durable_bytes: int = setting(
         1_000_000, "Bytes after which frames are made durable, and the sender is told so.", least=1,
         option="durable-every",
     )  # fmt: skip
     max_transfers: int = setting(32, "Transfers at a time.", least=1)
-    max_peer_transfers: int = setting(0, "Of them by one peer; 0: all.")
+    max_peer_transfers: int = setting(0, "Of them by one peer; 0: half.")
     max_generations: int = setting(8, "Generations at a time.", least=1)
+    max_peer_generations: int = setting(0, "Of them for one peer; 0: half.")
     max_waiting: int = setting(_WAITING, "Callers that may wait for a place.")
     wait_s: float = setting(_WAIT_S, "Seconds that they wait at most.")
     max_new_tokens: int = setting(1024, "Tokens of one answer.", least=1)
@@ -82,18 +86,19 @@ class ReceiverSettings:
 
 @dataclass(frozen=True, slots=True)
 class SenderSettings:
-    """Bounds of a sender agent. Lifetimes in seconds; 0 bytes for one peer means as for all.
+    """Bounds of a sender agent. Lifetimes in seconds; 0 for one peer means half of what is for all.
 
     `peers`: empty: those that the credentials list, or loopback where there are none.
     `insecure`: dial off loopback without encryption. `credentials`: who this agent is.
     """
 
     max_held_bytes: int = setting(_MEMORY_BYTES, "Memory for published contexts.", least=1)
-    max_peer_bytes: int = setting(0, "Of it for one peer; 0: all.", option="max-peer-held")
+    max_peer_bytes: int = setting(0, "Of it for one peer; 0: half.", option="max-peer-held")
     context_lifetime_s: float = setting(_LIFETIME_S, "Seconds that a context is held.")
     resume_lifetime_s: float = setting(_RESUME_S, "Seconds to resume a broken delivery in.")
     max_text_bytes: int = setting(16_000_000, "Bytes of a text to read.", least=1)
     max_reads: int = setting(8, "Contexts read or packed at a time.", least=1)
+    max_peer_reads: int = setting(0, "Of them for one peer; 0: half.")
     max_waiting: int = setting(_WAITING, "Callers that may wait for a place.")
     wait_s: float = setting(_WAIT_S, "Seconds that they wait at most.")
     peers: tuple[str, ...] = setting(

@@ -1,8 +1,8 @@
 """What an agent holds: contexts under ids that cannot be guessed, with owners, lifetimes and memory bounds.
 
-An id opens nothing by itself: a value is given to its owner and to the readers that the owner named,
-and is "not there" for everybody else. A value that somebody is using stays whole until they are done,
-whatever happens to its id; then it is wiped.
+An id opens nothing by itself: a value is given to its owner, to who asked for it and to the readers that
+the owner named, and is "not there" for everybody else. Readers cannot remove it. A value that somebody is
+using stays whole until they are done, whatever happens to its id; then it is wiped.
 
 Does not know: what is held, beyond its size. Place on the path: between a transfer and a question.
 """
@@ -13,14 +13,17 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from kvlink.errors import BusyError, LimitError, NotFoundError
+from kvlink.agent.shares import Account, Movable, Shares, Whose
+from kvlink.errors import AccessError, BusyError, NotFoundError
 
 T = TypeVar("T")
+
+NOBODYS = Whose()
 
 _RETRY_S = (0.5, 5.0)
 
@@ -29,8 +32,7 @@ _RETRY_S = (0.5, 5.0)
 class _Entry(Generic[T]):
     value: T
     nbytes: int
-    owner: str
-    readers: frozenset[str]
+    whose: Whose
     expires_at: float
     last_used: float
     fresh_until: float
@@ -41,9 +43,9 @@ class _Entry(Generic[T]):
 class Store(Generic[T]):
     """Values by id. A use extends nothing but the order in which values make room.
 
-    `max_bytes` bounds what is held and what is promised (`reserve`) together, `max_owner_bytes` the
-    part of one owner. To make room the least recently used values of the same owner go first, then
-    those of others; a value in use, and one that is younger than `fresh_s` and was never used, stays.
+    `max_bytes` bounds what is held and what is promised (`reserve`) together, `max_peer_bytes` the
+    part of one peer (0: half). Whose values make room for whose is `shares`' business; of those the least
+    recently used goes first. A value in use, and one that is younger than `fresh_s` and was never used, stays.
     What is larger than a bound raises LimitError, what only has no room now BusyError.
     `wipe` is called on a value that is gone once nobody uses it.
     """
@@ -55,20 +57,19 @@ class Store(Generic[T]):
         lifetime_s: float,
         now: Callable[[], float] = time.monotonic,
         *,
-        max_owner_bytes: int = 0,
+        max_peer_bytes: int = 0,
         fresh_s: float = 0.0,
         wipe: Callable[[T], None] | None = None,
     ) -> None:
         self._what = what
-        self.max_bytes = max_bytes
-        self.max_owner_bytes = max_owner_bytes or max_bytes
+        self._shares = Shares(what, max_bytes, max_peer_bytes)
         self.lifetime_s = lifetime_s
         self._now = now
         self._fresh_s = fresh_s
         self._wipe = wipe or (lambda _: None)
         self._entries: dict[str, _Entry[T]] = {}
-        self._leaving_bytes = 0
-        self._reserved: Counter[str] = Counter()
+        self._leaving: Counter[Account] = Counter()
+        self._reserved: Counter[Account] = Counter()
         self._lock = threading.RLock()
 
     def granted_s(self, asked_s: float) -> float:
@@ -76,27 +77,18 @@ class Store(Generic[T]):
         return min(asked_s or self.lifetime_s, self.lifetime_s)
 
     def put(
-        self,
-        value: T,
-        nbytes: int,
-        lifetime_s: float = 0.0,
-        *,
-        owner: str = "",
-        readers: Collection[str] = (),
-        key: str = "",
+        self, value: T, nbytes: int, lifetime_s: float = 0.0, *, whose: Whose = NOBODYS, key: str = ""
     ) -> str:
         """Hold a value; returns its id, 16 random bytes as text unless `key` says another.
 
         Raises LimitError, BusyError.
         """
         with self._lock:
-            self._make_room(nbytes, owner)
+            self._make_room(nbytes, whose.account)
             key = key or secrets.token_urlsafe(16)
             now = self._now()
             lasting = self.granted_s(lifetime_s)
-            self._entries[key] = _Entry(
-                value, nbytes, owner, frozenset(readers), now + lasting, now, now + self._fresh_s
-            )
+            self._entries[key] = _Entry(value, nbytes, whose, now + lasting, now, now + self._fresh_s)
             return key
 
     @contextmanager
@@ -116,7 +108,7 @@ class Store(Generic[T]):
             with self._lock:
                 entry.users -= 1
                 if entry.gone and not entry.users:
-                    self._leaving_bytes -= entry.nbytes
+                    self._leaving[entry.whose.account] -= entry.nbytes
                     self._wipe(entry.value)
 
     def get(self, key: str, who: str = "") -> T:
@@ -127,9 +119,9 @@ class Store(Generic[T]):
             return entry.value
 
     def delete(self, key: str, who: str = "") -> None:
-        """Forget a value. Raises NotFoundError."""
+        """Forget a value. Raises NotFoundError, and AccessError where `who` may only use it."""
         with self._lock:
-            self._find(key, who)
+            self.check_removable(self._find(key, who).whose, who)
             self._remove(key)
 
     def sweep(self) -> None:
@@ -148,17 +140,16 @@ class Store(Generic[T]):
             self._expire()
             return key in self._entries
 
-    def reserve(self, nbytes: int, owner: str = "") -> None:
+    def reserve(self, nbytes: int, whose: Whose = NOBODYS) -> None:
         """Promise room for something on its way; `release` gives it back. Raises LimitError, BusyError."""
         with self._lock:
-            self._make_room(nbytes, owner)
-            self._reserved[owner] += nbytes
+            self._make_room(nbytes, whose.account)
+            self._reserved[whose.account] += nbytes
 
-    def release(self, nbytes: int, owner: str = "") -> None:
+    def release(self, nbytes: int, whose: Whose = NOBODYS) -> None:
         with self._lock:
-            self._reserved[owner] -= nbytes
-            if not self._reserved[owner]:
-                del self._reserved[owner]
+            self._reserved[whose.account] -= nbytes
+            self._reserved = +self._reserved  # without those that have none
 
     @property
     def held_bytes(self) -> int:
@@ -179,15 +170,25 @@ class Store(Generic[T]):
     def _find(self, key: str, who: str) -> _Entry[T]:
         self._expire()
         entry = self._entries.get(key)
-        if entry is None or (who != entry.owner and who not in entry.readers):
-            raise NotFoundError(f"no {self._what} with this id: never there, deleted or expired")
+        if entry is None or not entry.whose.may_use(who):
+            raise self._unknown()
         return entry
+
+    def check_removable(self, whose: Whose, who: str) -> None:
+        """Raise what somebody is told who may not remove a value: nothing of it unless they may use it."""
+        if not whose.may_use(who):
+            raise self._unknown()
+        if not whose.may_remove(who):
+            raise AccessError(f"{who!r} may use this {self._what}, not remove it: its owner can")
+
+    def _unknown(self) -> NotFoundError:
+        return NotFoundError(f"no {self._what} with this id: never there, deleted or expired")
 
     def _remove(self, key: str) -> None:
         entry = self._entries.pop(key)
         entry.gone = True
         if entry.users:
-            self._leaving_bytes += entry.nbytes
+            self._leaving[entry.whose.account] += entry.nbytes
         else:
             self._wipe(entry.value)
 
@@ -196,34 +197,21 @@ class Store(Generic[T]):
         for key in [key for key, entry in self._entries.items() if entry.expires_at <= now]:
             self._remove(key)
 
-    def _make_room(self, nbytes: int, owner: str) -> None:
+    def _make_room(self, nbytes: int, account: Account) -> None:
         self._expire()
-        for most, whose in ((self.max_bytes, ""), (self.max_owner_bytes, " for one peer")):
-            if nbytes > most:
-                raise LimitError(f"{nbytes} bytes for a {self._what}: at most {most} are held{whose}")
-        now, mine = self._now(), lambda entry: entry.owner == owner
-        movable = [k for k, e in self._entries.items() if not e.users and e.fresh_until <= now]
-        movable.sort(key=lambda k: (not mine(self._entries[k]), self._entries[k].last_used))
-        going: list[str] = []
-
-        def held(entries: list[_Entry[T]]) -> int:
-            return sum(entry.nbytes for entry in entries)
-
-        def lacking(left: dict[str, _Entry[T]]) -> bool:
-            own = held([e for e in left.values() if mine(e)]) + self._reserved[owner]
-            everything = held(list(left.values())) + self._reserved.total() + self._leaving_bytes
-            return own + nbytes > self.max_owner_bytes or everything + nbytes > self.max_bytes
-
-        left = dict(self._entries)
-        while lacking(left):
-            if not movable:
-                raise BusyError(
-                    f"{nbytes} bytes for a {self._what}: at most {self.max_bytes} are held, "
-                    f"{self._reserved.total()} promised; try again later",
-                    self._retry_after_s(now),
-                )
-            going.append(movable.pop(0))
-            del left[going[-1]]
+        now, taken = self._now(), self._reserved + self._leaving
+        movable = []
+        for key, entry in self._entries.items():
+            taken[entry.whose.account] += entry.nbytes
+            if not entry.users and entry.fresh_until <= now:
+                movable.append(Movable(key, entry.whose.account, entry.nbytes, entry.last_used))
+        going = self._shares.make_room(nbytes, account, movable, taken)
+        if going is None:
+            raise BusyError(
+                f"{nbytes} bytes for a {self._what}: at most {self._shares.max_bytes} are held, "
+                f"{self._shares.max_peer_bytes} for one peer, {self._reserved.total()} promised; try again later",
+                self._retry_after_s(now),
+            )
         for key in going:
             self._remove(key)
 

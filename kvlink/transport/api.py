@@ -20,14 +20,22 @@ TERMINAL: tuple[PushState, ...] = ("complete", "failed", "cancelled")
 class Caller:
     """Who calls. `name`: proven by a certificate, empty where the agent asks for none.
 
-    `readers`: peers that may use what this call leaves behind. `remaining_s`: until the caller's
-    deadline, None where there is none. `trace`: W3C traceparent of the caller's span.
+    `readers`: peers that may use what this call leaves behind; `asked_by`: the one that asked for it, and
+    may remove it. `remaining_s`: until the caller's deadline, None where there is none. `trace`: W3C
+    traceparent of the caller's span. `host`: where the connection comes from.
     """
 
     name: str = ""
     readers: tuple[str, ...] = ()
     remaining_s: float | None = None
     trace: str = ""
+    asked_by: str = ""
+    host: str = ""
+
+    @property
+    def account(self) -> str:
+        """Against whose share the call counts: nobody's name is the connection's host."""
+        return self.name or self.host
 
 
 NOBODY = Caller()

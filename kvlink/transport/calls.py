@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from google.protobuf.message import DecodeError
 
@@ -27,6 +29,9 @@ BEAT_S = 2.0
 READERS = "kvlink-for"
 """Metadata of a push: a peer that may use the cache, beside the one that sends it."""
 
+ASKED_BY = "kvlink-asked-by"
+"""Metadata of a push: the peer that asked for it. It may use the cache, and delete it."""
+
 _MAX_READERS = 16
 
 
@@ -40,20 +45,38 @@ class Guard:
         """Raises CredentialsError, AccessError, InputError."""
         shown = [(str(key), value) for key, value in context.invocation_metadata() or ()]
         readers = tuple(str(value) for key, value in shown if key == READERS)
-        check_readers(readers)
+        asked_by = next((str(value) for key, value in shown if key == ASKED_BY), "")
+        check_readers((*readers, asked_by) if asked_by else readers)
         name = ""
         if self._credentials is not None:
             name = _proven(context)
             token = next((str(value) for key, value in shown if key == "authorization"), "")
             self._credentials.admit(name, token.removeprefix("Bearer "), method)
         trace = next((str(value) for key, value in shown if key == "traceparent"), "")
-        return Caller(name, readers, context.time_remaining(), trace)
+        host = "" if name else _host(context.peer())
+        return Caller(name, readers, context.time_remaining(), trace, asked_by, host)
 
 
 def check_readers(names: Sequence[str]) -> None:
     """Raise InputError unless these are names of peers, and few."""
     if len(names) > _MAX_READERS or not all(NAME.fullmatch(name) for name in names):
         raise InputError(f"readers: expected at most {_MAX_READERS} names of peers")
+
+
+def _host(peer: str) -> str:
+    """The host in gRPC's word for a connection, such as `ipv4:10.0.0.5:43210`; of IPv6 the network.
+
+    Whoever has one IPv6 address has its whole /64, and could come from another one at each call.
+    """
+    host = unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if isinstance(found, ipaddress.IPv4Address):
+        return str(found)
+    mapped = found.ipv4_mapped
+    return str(mapped or ipaddress.IPv6Network((found.packed, 64), strict=False))
 
 
 def _proven(context: Any) -> str:

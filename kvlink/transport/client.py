@@ -37,7 +37,7 @@ from kvlink.recipe import Wish
 from kvlink.transport import convert
 from kvlink.transport.address import Address
 from kvlink.transport.api import Ask, Delivery, Fetch, Piece, Progress, Published, PushStatus
-from kvlink.transport.calls import READERS
+from kvlink.transport.calls import ASKED_BY, READERS
 from kvlink.transport.credentials import Credentials, Dial
 from kvlink.transport.reach import listening, refusal
 from kvlink.transport.server import MAX_MESSAGE_BYTES
@@ -176,12 +176,13 @@ class _Client:
         response = await self._unary(stub.Check, health_pb2.HealthCheckRequest(), QUICK_S)
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
-    def _shown(self, readers: Sequence[str] = ()) -> list[tuple[str, str]]:
-        """Metadata of a call: the token that is meant for this peer, and who else may read."""
+    def _shown(self, readers: Sequence[str] = (), asked_by: str = "") -> list[tuple[str, str]]:
+        """Metadata of a call: the token that is meant for this peer, and who else may read or remove."""
         token = [("authorization", f"Bearer {self._dial.token}")] if self._dial else []
         parent = self._trace or current_parent()
         trace = [("traceparent", parent)] if parent else []
-        return [*token, *trace, *((READERS, name) for name in readers)]
+        asker = [(ASKED_BY, asked_by)] if asked_by else []
+        return [*token, *trace, *asker, *((READERS, name) for name in readers)]
 
     async def _unary(self, method: Any, request: Any, timeout_s: float = 0.0) -> Any:
         try:
@@ -258,19 +259,23 @@ class ReceiverClient(_Client):
     _stub_class = receiver_pb2_grpc.ReceiverServiceStub
 
     async def push(
-        self, frames: Sequence[bytes], readers: Sequence[str] = (), timeout_s: float = 0.0
+        self,
+        frames: Sequence[bytes],
+        readers: Sequence[str] = (),
+        timeout_s: float = 0.0,
+        asked_by: str = "",
     ) -> AsyncGenerator[PushStatus | int, None]:
         """Send a transfer and yield the receiver's statuses, and frame numbers as they leave.
 
         Waits for `accepted` before the second frame and continues where the receiver says. `readers`:
-        peers that may use the cache beside this one.
+        peers that may use the cache beside this one; `asked_by`: one that may remove it too.
         """
         method = self._channel.stream_stream(
             "/kvlink.v1.ReceiverService/PushCache",
             request_serializer=None,
             response_deserializer=receiver_pb2.PushCacheResponse.FromString,
         )
-        call = method(timeout=timeout_s or self.timeout_s, metadata=self._shown(readers))
+        call = method(timeout=timeout_s or self.timeout_s, metadata=self._shown(readers, asked_by))
         told: asyncio.Queue[PushStatus | int | Exception | None] = asyncio.Queue()
         writer: asyncio.Task[None] | None = None
         reader = asyncio.create_task(self._listen(call, told))

@@ -65,7 +65,7 @@ async def test_beyond_the_queue_a_caller_is_told_when_to_come_again():
     first = await gate.enter()
     waits = asyncio.create_task(gate.enter())
     await asyncio.sleep(0.01)
-    with pytest.raises(BusyError, match="at most 1 jobs at a time, 1 wait") as caught:
+    with pytest.raises(BusyError, match="at most 1 jobs at a time, 1 of one peer, 1 wait") as caught:
         await gate.enter()
     assert caught.value.retryable
     assert 0 < caught.value.retry_after_s <= 5
@@ -95,3 +95,39 @@ async def test_who_gives_up_waiting_takes_no_place():
     first.leave()
     with await asyncio.wait_for(gate.enter(), 1):
         assert gate.inside == 1
+
+
+async def test_one_peer_has_half_of_the_places_and_of_the_queue_unless_told_otherwise():
+    gate = Gate("jobs", 4, waiting=4)
+    held = [await gate.enter("greedy"), await gate.enter("greedy")]
+    waiting = [asyncio.create_task(gate.enter("greedy")) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(BusyError, match="2 of one peer"):
+        await gate.enter("greedy")
+    with await gate.enter("honest"), await gate.enter("honest"):
+        assert gate.inside == 4
+    for ticket in held:
+        ticket.leave()
+    for task in waiting:
+        (await task).leave()
+
+
+async def test_a_full_queue_makes_way_for_who_waits_less():
+    gate = Gate("jobs", 1, waiting=4)
+    first = await gate.enter("one")
+    done: list[str] = []
+
+    async def work(who: str) -> None:
+        with await gate.enter(who):
+            done.append(who)
+
+    others = [asyncio.create_task(work(who)) for who in ("one", "one", "two", "two")]
+    await asyncio.sleep(0)
+    honest = asyncio.create_task(work("honest"))
+    (sent_away,), _ = await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED)
+    assert isinstance(sent_away.exception(), BusyError)
+    assert gate.queued == 4
+    first.leave()
+    await asyncio.gather(honest, *(task for task in others if task is not sent_away))
+    assert done.index("honest") <= 2, "one of each peer in turn"
+    assert gate.inside == gate.queued == 0

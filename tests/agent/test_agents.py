@@ -14,6 +14,8 @@ from kvlink.agent.sender import Sender
 from kvlink.agent.settings import ReceiverSettings
 from kvlink.errors import (
     AccessError,
+    BusyError,
+    ConfigError,
     ContextError,
     IdentityError,
     IntegrityError,
@@ -30,7 +32,7 @@ from kvlink.recipe import Wish
 from kvlink.transport.api import Ask, Fetch, PushStatus
 from kvlink.transport.client import grpc_bytes
 from kvlink.wire.session import ReceiveSession, SendSession
-from tests.agent.conftest import QUESTION, TEXT
+from tests.agent.conftest import QUESTION, TEXT, feed
 from tests.conftest import ARCHITECTURES
 from tests.relay import relay
 
@@ -231,7 +233,7 @@ async def test_broken_transfers_and_old_caches_are_forgotten(pair, small_chunks)
     pair.receiver.arrivals.settings = replace(pair.receiver.settings, resume_lifetime_s=-1.0)
     pair.receiver.sweep()
     assert len(pair.receiver.arrivals) == 0
-    pair.receiver.store.reserve(pair.receiver.store.max_bytes)  # all room was given back
+    assert pair.receiver.store.reserved_bytes == 0, "all room was given back"
 
 
 def sender_id(frames) -> bytes:
@@ -278,7 +280,8 @@ async def test_deleted_caches_are_gone(pair):
         ),
         ({"text": "word " * 3000}, ContextError, "the model's window 512"),
         ({"receiver": "10.1.2.3:50052"}, AccessError, "not in this sender's peer list"),
-        ({"receiver": "nonsense"}, AccessError, "peer list"),
+        ({"receiver": "nonsense"}, ConfigError, "expected an address"),
+        ({"receiver": "10.0.0.1:1"}, AccessError, "peer list"),
         ({"context_id": "unknown"}, NotFoundError, "no context"),
     ],
 )
@@ -377,9 +380,8 @@ async def test_another_dtype_is_refused(pair, checkpoint):
         [item async for item in pair.target.push(frames)]
 
 
-async def test_a_peer_that_is_gone_is_reported(pair, monkeypatch):
-    monkeypatch.setattr("kvlink.transport.client.CONNECT_S", 0.5)
-    with pytest.raises(PeerUnavailableError, match="no agent answers"):
+async def test_a_peer_that_is_gone_is_reported(pair):
+    with pytest.raises(PeerUnavailableError, match="nobody listens there"):
         await pair.deliver("raw", receiver="127.0.0.1:9")
 
 
@@ -457,3 +459,24 @@ async def test_a_handle_does_not_show_its_context(pair):
 async def test_callers_cannot_make_a_sender_import_kvpress(pair):
     with pytest.raises(AccessError, match="this sender imports no kvpress for its callers"):
         await pair.deliver("press:KnormPress@0.5 int4")
+
+
+async def test_a_transfer_that_brings_nothing_keeps_no_place(pair):
+    receiver = pair.receiver
+    receiver.settings = receiver.arrivals.settings = replace(receiver.settings, start_s=0.05)
+    frames = pair.sender._sender.pack(pair.sender._sender.read(TEXT), QUESTION, "int8").frames
+
+    async def stream(hang_up: bool):
+        yield frames[0]
+        if not hang_up:
+            await asyncio.Event().wait()
+
+    for hang_up, error in ((False, BusyError), (True, TruncatedError)):
+        with pytest.raises(error):
+            async for status in receiver.push_cache(stream(hang_up)):
+                assert status.state == "accepted"
+        assert receiver.arrivals.gate.inside == 0
+        assert receiver.store.reserved_bytes == 0
+    receiver.settings = replace(receiver.settings, start_s=60.0)
+    statuses = await feed(receiver, frames)
+    assert statuses[-1].state == "complete", "the same id may begin anew"

@@ -224,7 +224,7 @@ class TestEnds:
         assert "expected sequence 1" in status.why
         with pytest.raises(RemoteProtocolError, match="has failed: .* needs an id of its own"):
             await feed(service, frames)
-        service.store.reserve(service.store.max_bytes)  # and it holds no memory
+        assert service.store.reserved_bytes == 0, "and it holds no memory"
 
     async def test_a_cancelled_transfer_is_free_at_once(self, sender, frames, staged):
         service = ReceiverService(Receiver(sender.lm), staged)

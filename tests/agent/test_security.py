@@ -22,16 +22,17 @@ from kvlink.agent.settings import SenderSettings
 from kvlink.errors import (
     AccessError,
     CredentialsError,
+    KvlinkError,
     NotFoundError,
     PeerUnavailableError,
 )
 from kvlink.transport import certs
-from kvlink.transport.api import Ask, Delivery, Fetch
+from kvlink.transport.api import Ask, Caller, Delivery, Fetch
 from kvlink.transport.certs import Member
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.credentials import Credentials
 from kvlink.transport.server import Server
-from kvlink.v1 import common_pb2, receiver_pb2, receiver_pb2_grpc
+from kvlink.v1 import common_pb2, receiver_pb2, receiver_pb2_grpc, sender_pb2
 from tests.agent.conftest import QUESTION, TEXT
 from tests.command import free_address
 
@@ -314,3 +315,79 @@ async def test_health_tells_strangers_nothing(network):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.GetTransferStatus(receiver_pb2.GetTransferStatusRequest(), timeout=3)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+ROLES = {
+    # who       removes a cache, a context; cancels a transfer, a delivery
+    "writer": (None, AccessError, None, AccessError),  # the sender: it pushed the cache
+    "anna": (None, None, AccessError, None),  # a client: she published, and asked for the delivery
+    "bert": (AccessError, AccessError, AccessError, None),  # a client, named as a reader of both
+    "carl": (NotFoundError, NotFoundError, AccessError, None),  # a client, named nowhere
+}
+"""What each call says; where it is nothing to somebody else's, it must have done nothing."""
+
+
+@pytest.mark.parametrize("who", ROLES)
+async def test_only_its_owner_and_who_asked_for_it_removes_anything(network, who):
+    certs.add(network.folder, Member("carl", "client"))
+    frames = network.sender._sender.pack(network.sender._sender.read(TEXT), QUESTION, "int8").frames
+    async with (
+        ReceiverClient(network.receiver_at, network.credentials("writer")) as writer,
+        network.sender_as("anna") as source,
+    ):
+        async for item in writer.push(frames, readers=["bert"], asked_by="anna"):
+            cache_id = "" if isinstance(item, int) else item.cache_id
+        context_id = (await source.publish(TEXT, readers=["bert"])).context_id
+        begun = bytes(16)
+        asked = network.sender._sender.pack(
+            network.sender._sender.read(TEXT), QUESTION, "int8", transfer_id=begun
+        ).frames
+
+        async def stream() -> AsyncIterator[bytes]:
+            for frame in asked[:2]:
+                yield frame
+            await asyncio.Event().wait()
+
+        pushing = network.receiver.push_cache(stream(), Caller("writer"))
+        assert (await anext(pushing)).state == "accepted"
+
+        async def do(call: str) -> KvlinkError | None:
+            try:
+                async with (
+                    network.receiver_as(who)
+                    if call in ("cache", "transfer")
+                    else network.sender_as(who) as peer
+                ):
+                    await {
+                        "cache": lambda: peer.delete_cache(cache_id),
+                        "context": lambda: peer.unpublish(context_id),
+                        "transfer": lambda: peer._unary(
+                            peer._stub.CancelTransfer, receiver_pb2.CancelTransferRequest(transfer_id=begun)
+                        ),
+                        "delivery": lambda: peer._unary(
+                            peer._stub.CancelDelivery, sender_pb2.CancelDeliveryRequest(delivery_id=begun)
+                        ),
+                    }[call]()
+            except KvlinkError as error:
+                return error
+            return None
+
+        told = [await do(call) for call in ("cache", "context", "transfer", "delivery")]
+        assert [error and type(error) for error in told] == list(ROLES[who])
+        assert (cache_id in network.receiver.store) is (who not in ("writer", "anna"))
+        assert (context_id in network.sender.store) is (who != "anna")
+        state = (await network.receiver.transfer_status(begun, Caller("writer"))).state
+        assert state == ("cancelled" if who == "writer" else "accepted")
+        await pushing.aclose()
+
+
+async def test_who_asked_for_a_delivery_deletes_its_cache_and_others_use_it_meanwhile(network):
+    cache_id = await network.deliver("anna")
+    async with network.receiver_as("bert") as target:
+        with pytest.raises(NotFoundError):
+            await target.delete_cache(cache_id)
+    assert await network.answer("anna", cache_id)
+    async with network.receiver_as("anna") as target:
+        await target.delete_cache(cache_id)
+        with pytest.raises(NotFoundError):
+            await network.answer("anna", cache_id)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from kvlink.agent.shares import Whose
 from kvlink.agent.store import Store
-from kvlink.errors import BusyError, LimitError, NotFoundError
+from kvlink.errors import AccessError, BusyError, LimitError, NotFoundError
 
 
 class Clock:
@@ -23,7 +24,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def store(clock: Clock) -> Store[str]:
-    return Store("cache", max_bytes=100, lifetime_s=10.0, now=clock)
+    return Store("cache", max_bytes=100, lifetime_s=10.0, now=clock, max_peer_bytes=100)
 
 
 def test_values_come_back_by_ids_that_cannot_be_guessed(store):
@@ -83,8 +84,8 @@ def test_deleting_twice_is_an_error(store):
 
 
 def test_values_are_there_for_their_owner_and_readers_only(store):
-    key = store.put("x", 1, owner="anna", readers=["bert"])
-    for who in ("anna", "bert"):
+    key = store.put("x", 1, whose=Whose("anna", frozenset({"bert"}), asker="dora"))
+    for who in ("anna", "bert", "dora"):
         assert store.get(key, who) == "x"
     for call in (store.get, store.delete):
         with pytest.raises(NotFoundError) as refused:
@@ -94,9 +95,22 @@ def test_values_are_there_for_their_owner_and_readers_only(store):
         assert str(refused.value) == str(unknown.value), "trying tells nothing"
 
 
+@pytest.mark.parametrize(
+    ("who", "may"), [("anna", True), ("dora", True), ("bert", False), ("carl", False), ("", False)]
+)
+def test_its_owner_and_who_asked_for_it_may_remove_a_value(store, who, may):
+    key = store.put("x", 1, whose=Whose("anna", frozenset({"bert"}), asker="dora"))
+    if may:
+        store.delete(key, who)
+    else:
+        with pytest.raises(AccessError if who == "bert" else NotFoundError):
+            store.delete(key, who)
+    assert (key in store) is not may
+
+
 def test_a_value_in_use_stays_whole_until_its_user_is_done(clock):
     wiped: list[str] = []
-    store: Store[str] = Store("cache", 100, 10.0, clock, wipe=wiped.append)
+    store: Store[str] = Store("cache", 100, 10.0, clock, max_peer_bytes=100, wipe=wiped.append)
     key = store.put("x", 60)
     with store.lease(key) as value:
         clock.now += 11
@@ -112,7 +126,7 @@ def test_a_value_in_use_stays_whole_until_its_user_is_done(clock):
 @pytest.mark.parametrize("end", ["expire", "delete", "push out"])
 def test_what_is_gone_is_wiped(clock, end):
     wiped: list[str] = []
-    store: Store[str] = Store("cache", 100, 10.0, clock, wipe=wiped.append)
+    store: Store[str] = Store("cache", 100, 10.0, clock, max_peer_bytes=100, wipe=wiped.append)
     key = store.put("x", 60)
     if end == "expire":
         clock.now += 11
@@ -125,28 +139,28 @@ def test_what_is_gone_is_wiped(clock, end):
 
 
 def test_one_owner_has_a_bound_of_its_own(clock):
-    store: Store[str] = Store("cache", 100, 10.0, clock, max_owner_bytes=50)
-    first = store.put("a1", 40, owner="anna")
-    other = store.put("b", 40, owner="bert")
-    store.put("a2", 40, owner="anna")
+    store: Store[str] = Store("cache", 100, 10.0, clock, max_peer_bytes=50)
+    first = store.put("a1", 40, whose=Whose("anna"))
+    other = store.put("b", 40, whose=Whose("bert"))
+    store.put("a2", 40, whose=Whose("anna"))
     with pytest.raises(NotFoundError):
         store.get(first, "anna")
     assert store.get(other, "bert") == "b", "somebody else's value made no room"
     with pytest.raises(LimitError, match="at most 50 are held for one peer"):
-        store.put("a3", 51, owner="anna")
+        store.put("a3", 51, whose=Whose("anna"))
 
 
 def test_ones_own_values_make_room_before_those_of_others(store):
-    older = store.put("b", 40, owner="bert")
-    own = store.put("a", 40, owner="anna")
-    store.put("a2", 40, owner="anna")
+    older = store.put("b", 40, whose=Whose("bert"))
+    own = store.put("a", 40, whose=Whose("anna"))
+    store.put("a2", 40, whose=Whose("anna"))
     assert store.get(older, "bert") == "b"
     with pytest.raises(NotFoundError):
         store.get(own, "anna")
 
 
 def test_a_value_that_nobody_has_used_yet_makes_no_room_for_a_while(clock):
-    store: Store[str] = Store("cache", 100, 60.0, clock, fresh_s=5.0)
+    store: Store[str] = Store("cache", 100, 60.0, clock, max_peer_bytes=100, fresh_s=5.0)
     key = store.put("x", 60)
     with pytest.raises(BusyError, match="try again later") as caught:
         store.put("y", 60)
