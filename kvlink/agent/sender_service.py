@@ -192,14 +192,15 @@ class SenderService:
         await self._send_profile(delivery.receiver, transfer, there, caller)
         status = PushStatus("failed", 0)
         wire_s, socket_bytes = 0.0, 0
-        async with aclosing(self._push(delivery.receiver, transfer, caller)) as pushed:
+        async with aclosing(self._push(delivery, transfer, caller)) as pushed:
             async for item in pushed:
                 if isinstance(item, int):
                     yield Progress(sent[item], total)
                 else:
                     status, wire_s, socket_bytes = item
-        rest_s = sum(status.receipt.stage_s.values())  # decode or read, at the receiver
-        stages = {**status.receipt.stage_s, "wire": max(0.0, wire_s - rest_s)}
+        # Of what the receiver says of its time only what it alone can know.
+        stages = {name: s for name, s in status.receipt.stage_s.items() if name in ("decode", "read")}
+        stages["wire"] = max(0.0, wire_s - sum(stages.values()))
         receipt = replace(transfer.receipt.with_stages(**stages), socket_bytes=socket_bytes)
         log.info(
             "transfer delivered: %d bytes, %s", receipt.wire_bytes, receipt.recipe,
@@ -241,9 +242,12 @@ class SenderService:
         task.add_done_callback(self._telling.discard)
 
     async def _push(
-        self, address: str, transfer: Transfer, caller: Caller
+        self, delivery: Delivery, transfer: Transfer, caller: Caller
     ) -> AsyncGenerator[int | tuple[PushStatus, float, int], None]:
         """Push frames, again after a cut and from where the receiver is, until it is complete."""
+        address = delivery.receiver
+        # With a name of its own it may be what an earlier life of this agent has sent.
+        fresh = not delivery.delivery_id
         began, failed = time.perf_counter(), 0
         last_s = CALL_S if caller.remaining_s is None else caller.remaining_s
         while True:
@@ -252,9 +256,11 @@ class SenderService:
                 # It answered a moment ago: where it refuses now it may be on its way up again.
                 async with self._dial(address, caller, CONNECT_S) as peer:
                     before = peer.socket_count()
-                    async with aclosing(
-                        peer.push(transfer.frames, timeout_s=max(left_s, 0.001), asked_by=caller.name)
-                    ) as told:
+                    pushing = peer.push(
+                        transfer.frames, timeout_s=max(left_s, 0.001), asked_by=caller.name, fresh=fresh
+                    )
+                    fresh = False
+                    async with aclosing(pushing) as told:
                         async for item in told:
                             if isinstance(item, int):
                                 failed = 0

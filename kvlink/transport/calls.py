@@ -13,13 +13,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from typing import Any
 from urllib.parse import unquote
 
-from google.protobuf.message import DecodeError
-
-from kvlink.errors import CredentialsError, InputError, KvlinkError, RemoteProtocolError
+from kvlink.errors import CredentialsError, InputError, KvlinkError
 from kvlink.transport.api import Caller
 from kvlink.transport.certs import NAME
 from kvlink.transport.credentials import Credentials
 from kvlink.transport.status import to_status
+from kvlink.wire import checked
 
 log = logging.getLogger("kvlink.transport")
 
@@ -98,17 +97,16 @@ async def _refuse(context: Any, error: Exception) -> None:
 
 
 def reader(message_class: Any) -> Callable[[bytes], Any]:
-    """Makes a request of its bytes, or the error that they are none.
+    """Makes a checked request of its bytes, or the error that says what is wrong with it.
 
     gRPC ends a call whose deserializer raises as UNKNOWN, with a traceback in the log.
     """
 
     def read(data: bytes) -> Any:
         try:
-            return message_class.FromString(data)
-        except DecodeError:
-            name = message_class.DESCRIPTOR.name
-            return RemoteProtocolError(f"expected a {name}, found {len(data)} bytes that are none")
+            return checked.read(message_class, data, InputError)
+        except InputError as error:
+            return error
 
     return read
 

@@ -68,6 +68,10 @@ def receipt_to_proto(receipt: Receipt) -> common_pb2.Receipt:
 
 
 def receipt_from_proto(message: common_pb2.Receipt) -> Receipt:
+    if message.kept_tokens > message.context_tokens:
+        raise RemoteProtocolError(
+            f"a receipt of {message.context_tokens} context tokens names {message.kept_tokens} kept ones"
+        )
     return Receipt(
         transfer_id=message.transfer_id,
         recipe=message.recipe,
@@ -84,12 +88,23 @@ def receipt_from_proto(message: common_pb2.Receipt) -> Receipt:
 _CERTIFICATE = ("agreeing_tokens", "tokens", "kl_mean", "logit_error", "escalations", "seconds")
 
 
+_FARTHEST = 1e9
+
+
 def _certificate_to_proto(value: Certificate | None) -> common_pb2.Certificate | None:
-    return None if value is None else common_pb2.Certificate(**{n: getattr(value, n) for n in _CERTIFICATE})
+    if value is None:
+        return None
+    told = {name: getattr(value, name) for name in _CERTIFICATE}
+    for name in ("kl_mean", "logit_error"):  # distances: what cannot be computed is as far as any
+        told[name] = told[name] if told[name] <= _FARTHEST else _FARTHEST
+    return common_pb2.Certificate(**told)
 
 
 def _certificate_from_proto(message: common_pb2.Receipt) -> Certificate:
-    return Certificate(**{name: getattr(message.certificate, name) for name in _CERTIFICATE})
+    found = Certificate(**{name: getattr(message.certificate, name) for name in _CERTIFICATE})
+    if found.agreeing_tokens > found.tokens:
+        raise RemoteProtocolError(f"{found.agreeing_tokens} of {found.tokens} tokens agree")
+    return found
 
 
 def explanation_to_proto(value: Explanation) -> sender_pb2.Explanation:
@@ -159,5 +174,7 @@ def push_status_from_proto(
         receipt = receipt_from_proto(message.receipt)
     else:
         why = message.why
-    state = _STATE_NAMES.get(message.state, "failed")
+    state = _STATE_NAMES.get(message.state)
+    if state is None:
+        raise RemoteProtocolError("a status without a state")
     return PushStatus(state, message.next_sequence, message.cache_id, receipt, why)

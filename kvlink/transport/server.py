@@ -22,6 +22,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from kvlink.bounds import MESSAGE
 from kvlink.errors import ConfigError
 from kvlink.recipe import Wish
 from kvlink.transport import convert
@@ -33,13 +34,10 @@ from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
 
 log = logging.getLogger("kvlink.transport")
 
-MAX_MESSAGE_BYTES = 20_000_000
-"""A text to read may be this large; frames have their own, smaller limit."""
-
 _THREADS = 64
 _SWEEP_S = 5.0
 _OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MESSAGE.most),
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 20_000),  # on a slow line the answer waits behind a chunk

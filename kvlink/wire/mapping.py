@@ -18,7 +18,6 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from kvlink import bounds
 from kvlink.codecs import CODECS, Codec
 from kvlink.errors import KvlinkError, RemoteProtocolError
 
@@ -71,8 +70,6 @@ def read(message: Message, kind: type) -> Any:
 def _read_field(message: Message, descriptor: Any, hint: Any) -> Any:
     value = getattr(message, descriptor.name)
     if typing.get_origin(hint) is tuple:
-        if len(value) > bounds.LAYERS.most:
-            raise RemoteProtocolError(f"{bounds.LAYERS}, found {len(value):,}")
         return tuple(read(item, typing.get_args(hint)[0]) for item in value)
     if isinstance(hint, types.UnionType):
         return value if message.HasField(descriptor.name) else None

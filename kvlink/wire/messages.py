@@ -1,7 +1,7 @@
 """Protobuf messages and Python values, pair by pair, checked at the border.
 
-Purpose: the rest of the package never sees a generated class of `wire.proto`. Reading checks
-every field and raises RemoteProtocolError naming it.
+Purpose: the rest of the package never sees a generated class of `wire.proto`. A manifest is checked
+against the table of fields, and then what several fields say together.
 
 Does not know: sessions, sockets, tensors. Place on the path: just inside the wire.
 """
@@ -11,13 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import cast
 
-from kvlink import bounds
 from kvlink.errors import IdentityError, KvlinkError, RemoteProtocolError
 from kvlink.payload import CacheShape, Fingerprint, Mode, Prompt
 from kvlink.recipe import Recipe
 from kvlink.sketch import Sketch
 from kvlink.v1 import common_pb2
 from kvlink.v1 import wire_pb2 as pb
+from kvlink.wire import checked
 from kvlink.wire.mapping import read, write
 
 PROTOCOL_VERSION = 1
@@ -53,13 +53,7 @@ def fingerprint_to_proto(value: Fingerprint) -> pb.Fingerprint:
 
 
 def fingerprint_from_proto(message: pb.Fingerprint) -> Fingerprint:
-    parts = {f.name: bytes(getattr(message, f.name)) for f in fields(Fingerprint)}
-    for name, digest in parts.items():
-        if len(digest) != DIGEST_BYTES:
-            raise RemoteProtocolError(
-                f"fingerprint.{name}: expected {DIGEST_BYTES} bytes, found {len(digest)}"
-            )
-    return Fingerprint(**parts)
+    return Fingerprint(**{f.name: bytes(getattr(message, f.name)) for f in fields(Fingerprint)})
 
 
 def sketch_to_proto(value: Sketch | None) -> pb.Sketch | None:
@@ -98,21 +92,10 @@ def shape_to_proto(shape: CacheShape) -> pb.CacheShape:
     )
 
 
-_MOST = {"layers": bounds.LAYERS.most, "kv_heads": 4096, "tokens": 2**24, "head_size": 65536}
-
-
 def shape_from_proto(message: pb.CacheShape) -> CacheShape:
-    for name, most in _MOST.items():
-        value = getattr(message, name)
-        if not 1 <= value <= most:
-            raise RemoteProtocolError(f"shape.{name} must be from 1 to {most}, found {value}")
     dtype = next((name for name, number in _DTYPES.items() if number == message.dtype), None)
     if dtype is None:
         raise RemoteProtocolError(f"shape.dtype must be one of {', '.join(_DTYPES)}, found {message.dtype}")
-    if len(message.whole_layers) > message.layers:
-        raise RemoteProtocolError(
-            f"shape.whole_layers: at most {message.layers}, found {len(message.whole_layers):,}"
-        )
     whole = tuple((w.layer, w.held_tokens) for w in message.whole_layers)
     layers = [layer for layer, _ in whole]
     if layers != sorted(set(layers)) or any(layer >= message.layers for layer in layers):
@@ -143,17 +126,10 @@ def manifest_to_proto(value: Manifest) -> pb.Manifest:
 
 def manifest_from_proto(message: pb.Manifest) -> Manifest:
     """Raises RemoteProtocolError where a field is missing or out of range."""
+    checked.check(message, RemoteProtocolError, "manifest")
     if message.protocol_version != PROTOCOL_VERSION:
         raise RemoteProtocolError(
             f"protocol version: expected {PROTOCOL_VERSION}, found {message.protocol_version}"
-        )
-    if len(message.transfer_id) != TRANSFER_ID_BYTES:
-        raise RemoteProtocolError(
-            f"transfer id: expected {TRANSFER_ID_BYTES} bytes, found {len(message.transfer_id)}"
-        )
-    if len(message.context_digest) != DIGEST_BYTES:
-        raise RemoteProtocolError(
-            f"context digest: expected {DIGEST_BYTES} bytes, found {len(message.context_digest)}"
         )
     for name in ("before", "after"):
         try:

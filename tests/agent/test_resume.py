@@ -402,7 +402,7 @@ async def test_a_broken_fetch_goes_on_at_the_next_frame(pair):
 
 
 async def test_a_peer_that_falls_silent_is_noticed_in_seconds(pair, monkeypatch):
-    monkeypatch.setattr("kvlink.transport.client.QUIET_S", 0.5)
+    monkeypatch.setattr("kvlink.transport.channel.QUIET_S", 0.5)
     monkeypatch.setattr("kvlink.transport.calls.BEAT_S", 0.1)
     pair.sender._sender._chunk_bytes = 4096
     frames = pair.sender._sender.pack(pair.sender._sender.read(TEXT), QUESTION, "raw").frames
@@ -418,7 +418,7 @@ async def test_a_peer_that_falls_silent_is_noticed_in_seconds(pair, monkeypatch)
 async def test_a_slow_receiver_that_lives_is_waited_for(pair, monkeypatch):
     """Signs of life come while the work takes longer than the quiet that is allowed."""
     monkeypatch.setattr("kvlink.transport.calls.BEAT_S", 0.1)
-    monkeypatch.setattr("kvlink.transport.client.QUIET_S", 0.5)
+    monkeypatch.setattr("kvlink.transport.channel.QUIET_S", 0.5)
     restore = pair.receiver._receiver.generate
 
     def slowly(*arguments, **options):

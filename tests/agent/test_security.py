@@ -240,7 +240,7 @@ def test_off_loopback_nothing_is_dialled_without_encryption_unless_told(address)
 
 
 async def test_a_plain_client_is_told_what_the_agent_may_want(network, monkeypatch):
-    monkeypatch.setattr("kvlink.transport.client.CONNECT_S", 0.5)
+    monkeypatch.setattr("kvlink.transport.channel.CONNECT_S", 0.5)
     with pytest.raises(PeerUnavailableError, match="an agent with TLS needs --credentials here too"):
         async with ReceiverClient(network.receiver_at):
             pass

@@ -13,10 +13,10 @@ from typing import IO
 
 import grpc
 
+from kvlink.bounds import MESSAGE
 from kvlink.transport import certs
 from kvlink.transport.certs import Member
 from kvlink.transport.credentials import RIGHTS, Credentials
-from kvlink.transport.server import MAX_MESSAGE_BYTES
 from tests.command import free_address, listening
 
 KINDS = ("receiver", "sender")
@@ -95,7 +95,7 @@ class Network:
         options = [
             ("grpc.ssl_target_name_override", kind),
             ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", MESSAGE.most),
             ("grpc.enable_retries", 0),
         ]
         return grpc.aio.secure_channel(address, found.channel(), options=options)

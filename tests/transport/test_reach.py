@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvlink.errors import AccessError, ConfigError, PeerUnavailableError
-from kvlink.transport import client, reach
+from kvlink.transport import channel, reach
 from kvlink.transport.address import Address
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.server import Server
@@ -70,7 +70,7 @@ async def test_no_environment_variable_sends_a_call_through_a_proxy(how, monkeyp
 
 
 async def test_a_refused_connection_is_told_at_once(monkeypatch):
-    monkeypatch.setattr(client, "CONNECT_S", 1e6)
+    monkeypatch.setattr(channel, "CONNECT_S", 1e6)
     with pytest.raises(PeerUnavailableError, match=r"127\.0\.0\.1:\d+: nobody listens there"):
         async with ReceiverClient(free_address()):
             pass
@@ -88,7 +88,7 @@ async def test_a_peer_that_is_on_its_way_up_is_waited_for():
     address = free_address()
 
     async def ask() -> str:
-        async with ReceiverClient(address, patience_s=client.CONNECT_S) as peer:
+        async with ReceiverClient(address, patience_s=channel.CONNECT_S) as peer:
             return await peer.health()
 
     asking = asyncio.create_task(ask())

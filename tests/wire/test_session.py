@@ -220,8 +220,16 @@ HOSTILE = {
         RemoteProtocolError,
         "expected 1, found 2",
     ),
-    "short transfer id": (_at(0, _set("manifest.transfer_id", b"t")), RemoteProtocolError, "transfer id"),
-    "short digest": (_at(0, _set("manifest.context_digest", b"t")), RemoteProtocolError, "context digest"),
+    "short transfer id": (
+        _at(0, _set("manifest.transfer_id", b"t")),
+        RemoteProtocolError,
+        "manifest.transfer_id",
+    ),
+    "short digest": (
+        _at(0, _set("manifest.context_digest", b"t")),
+        RemoteProtocolError,
+        "manifest.context_digest",
+    ),
     "short fingerprint": (
         _at(0, _set("manifest.fingerprint.rotary", b"t")),
         RemoteProtocolError,
@@ -230,20 +238,20 @@ HOSTILE = {
     "empty sketch": (
         _at(0, lambda m: m.manifest.sketch.SetInParent()),
         RemoteProtocolError,
-        "sketch: expected",
+        "manifest.sketch.layers: expected",
     ),
     "long sketch": (
         _at(0, lambda m: m.manifest.sketch.MergeFrom(pb.Sketch(layers=2, numbers=[1] * 100_000))),
         RemoteProtocolError,
-        "expected 20 numbers for 2 layers, found 100000",
+        "numbers: expected at most 80 entries",
     ),
     "sketch of huge numbers": (
         _at(0, lambda m: m.manifest.sketch.MergeFrom(pb.Sketch(layers=1, numbers=[-(2**31)] * 10))),
         RemoteProtocolError,
-        "not within",
+        "manifest.sketch.numbers: .* found -2147483648 at 0",
     ),
     "mode against recipe": (_at(0, _set("manifest.mode", pb.MODE_TEXT)), RemoteProtocolError, "does not fit"),
-    "unknown mode": (_at(0, _set("manifest.mode", 77)), RemoteProtocolError, "mode 77"),
+    "unknown mode": (_at(0, _set("manifest.mode", 77)), RemoteProtocolError, "manifest.mode: .* found 77"),
     "no layers": (_at(0, _set("manifest.shape.layers", 0)), RemoteProtocolError, "shape.layers"),
     "huge head": (_at(0, _set("manifest.shape.head_size", 2**30)), RemoteProtocolError, "shape.head_size"),
     "huge shape": (_at(0, _set("manifest.shape.tokens", 2**20)), LimitError, "context tokens"),
@@ -268,12 +276,12 @@ HOSTILE = {
     "nan retention": (
         _at(0, _set("manifest.recipe.selection.amount.value", float("nan"))),
         RemoteProtocolError,
-        "finite",
+        "amount.value: .* found nan",
     ),
     "unknown retention unit": (
         _at(0, _set("manifest.recipe.selection.amount.unit", 99)),
         RemoteProtocolError,
-        "selection: amount: unit: Unit 99 is not known",
+        "amount.unit",
     ),
     "other recipe than coded": (
         _at(0, _set("manifest.recipe.codec.quantized.keys.bits", 8)),
