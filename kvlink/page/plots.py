@@ -26,6 +26,7 @@ _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#
 _MARKS = "osD^vPX*"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.size": 10,
     "font.family": "sans-serif",
     "text.color": _INK,

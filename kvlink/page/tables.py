@@ -9,12 +9,14 @@ from typing import Any
 
 from kvlink.page import plots
 from kvlink.page.frame import fill
+from kvlink.quoting import shown
 
 _LEFT_OUT = {"table", "model", "data", "seed", "recipe_full", "mode"}
 
 
 def render(report: dict[str, Any]) -> str:
     """HTML of a report as `kvlink eval --json` prints it."""
+    report = _lines(report)
     sections = []
     for run in report["runs"]:
         rows = [r for r in report["rows"] if _of(r, run)]
@@ -35,6 +37,15 @@ def render(report: dict[str, Any]) -> str:
     return fill(
         "tables.html", title=f"kvlink eval {report['table']}", sections=sections, notes=report["notes"]
     )
+
+
+def _lines(value: Any) -> Any:
+    """A report with its texts as lines that can be drawn: a plot takes what is given to it as it is."""
+    if isinstance(value, dict):
+        return {name: _lines(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_lines(inner) for inner in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 def _of(row: dict[str, Any], run: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from kvlink.errors import ConfigError
 from kvlink.eval.rows import Outcome, Row, summarise
 from kvlink.page import plots
 from kvlink.page.story import Story
+from kvlink.quoting import shown, shown_text
 from kvlink.receipt import STAGES, Receipt
 from kvlink.transport.api import Explanation
+from tests import hostile
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
@@ -63,7 +66,7 @@ def story(**more) -> Story:
 
 
 class Reader(HTMLParser):
-    """What a page would fetch, what it runs, and its spans."""
+    """What a page would fetch, what it runs, and its tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +81,7 @@ class Reader(HTMLParser):
         for name in ("src", "href", "xlink:href", "data", "action"):
             if named.get(name) and not named[name].startswith("#"):
                 self.fetched.append(named[name])
-        self._span = named.get("class") if tag == "span" else None
+        self._span = named.get("class") if tag == "bdi" else None
 
     def handle_endtag(self, tag):
         self._span = None
@@ -135,6 +138,96 @@ def test_the_story_shades_what_is_needed_and_strikes_out_what_was_not_sent():
     assert "the socket's own count is 3,100" in html
     assert "above" in html
     assert "Mbit/s" in html
+
+
+class Texts(HTMLParser):
+    """Every text of a page with the elements that it stands in, every element and every attribute."""
+
+    VOID = frozenset({"meta", "br", "path", "use"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[tuple[str, tuple[str, ...]]] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attributes]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attributes]
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        self.texts.append((data, tuple(self.open)))
+
+
+def hostile_report(text: str) -> dict:
+    told = report()
+    for row in [*told["rows"], *told["runs"]]:
+        row.update(model=text, data=text)
+    for row in told["rows"]:
+        if row["table"] == "selection":
+            row["selection"] = text
+        if row["table"] != "spectrum":
+            row["recipe"] = text + row["recipe"]
+    return {**told, "notes": [text]}
+
+
+def hostile_story(text: str) -> Story:
+    receipt = story().receipt
+    told = Explanation(("Rom", text, " cello"), (0.1, 0.2, 0.7), (1.0, 0.5, 1.0))
+    return story(
+        question=text, answer=text, sender_answer=text, told=told, receipt=replace(receipt, recipe=text)
+    )
+
+
+HOSTILE_PAGES = {
+    "tables": lambda text: page.tables_page(hostile_report(text)),
+    "story": lambda text: page.story_page(hostile_story(text)),
+}
+MORE_HOSTILE = {
+    **{name: text[:5000] for name, text in hostile.HOSTILE.items()},
+    "elements": HOSTILE,
+    "attributes": "\"'><img src=x onerror=alert(1)> style=x --w: 1; javascript:alert(1)",
+    "entities": "&lt;script&gt; &#x1b;[2J &NewLine;",
+    "comments": "<!-- --!> <![CDATA[ ]]> <?x ?>",
+    "templates": "{{ 7*7 }} {% raw %} ${x} $\\frac$ $$",
+}
+
+
+@pytest.mark.parametrize("text", MORE_HOSTILE.values(), ids=MORE_HOSTILE)
+@pytest.mark.parametrize("name", HOSTILE_PAGES)
+def test_a_foreign_text_stays_a_text_and_keeps_to_itself(name, text):
+    honest, found = Texts(HOSTILE_PAGES[name]("honest")), Texts(HOSTILE_PAGES[name](text))
+    assert found.tags == honest.tags, "it makes no element"
+    assert {n for n, _ in found.attributes} == {n for n, _ in honest.attributes}, "and no attribute"
+    assert not any(n.startswith("on") or "javascript:" in v for n, v in found.attributes)
+    for words, _ in found.texts:
+        assert hostile.obeyed(words) == ""
+    begins = (shown_text(text)[:20], shown(text)[:20])
+    marked = [around for words, around in found.texts if words.startswith(begins)]
+    assert marked
+    for around in marked:
+        assert around[-1] == "bdi" or "svg" in around, "isolated from what stands around it"
+    HOSTILE_PAGES[name](text).encode()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0, 1e308])
+def test_a_story_of_numbers_that_are_none_is_a_page(number):
+    told = Explanation(("a", "b"), (number, 0.5), (number, 1.0))
+    receipt = replace(story().receipt, stage_s=dict.fromkeys(STAGES, abs(number)), socket_bytes=2**63)
+    html = page.story_page(story(told=told, receipt=receipt, reads_tokens_per_s=abs(number)))
+    assert html.count("<bdi class=") == 2
 
 
 def test_the_waterfall_ends_where_the_answer_does():
