@@ -19,7 +19,6 @@ import zstandard
 
 from kvlink.agent.sender import Sender
 from kvlink.compress.codecs import rans
-from kvlink.compress.codecs.transform import unrotated
 from kvlink.eval.questions import generated
 from kvlink.model.calibrate import rotation
 from kvlink.profile import Profile
@@ -75,7 +74,7 @@ def coefficients(sender: Sender, profile: Profile) -> list[tuple[torch.Tensor, t
         cache = sender.read(item.context).cache
         turns = rotation(sender.lm, cache.tokens)
         for index, layer in enumerate(cache.layers):
-            keys = unrotated(layer.keys.double(), layer.positions, turns[index])
+            keys = turns[index].off(layer.keys.double(), layer.positions)
             for side, tensor in ((profile.keys[index], keys), (profile.values[index], layer.values.double())):
                 rows = tensor.transpose(0, 1).flatten(1) - side.mean.double()
                 spread = torch.pow(2.0, side.spread.double().clamp(rans.LOWEST, rans.HIGHEST) / 4)

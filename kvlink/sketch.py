@@ -90,3 +90,7 @@ def chosen_layers(count: int) -> tuple[int, ...]:
     """Which of `count` layers are sketched: at most `MOST_LAYERS`, evenly spread, the last among them."""
     some = min(count, MOST_LAYERS)
     return tuple((i + 1) * count // some - 1 for i in range(some))
+
+
+NOT_READ = Sketch(1, (-MOST_NUMBER,) * (len(_SIDES) * (1 + GROUPS)))
+"""Of a model that was not read yet; no model has it."""

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from kvlink.agent.receiver import MAX_PROFILES, Receiver
 from kvlink.agent.sender import Sender
-from kvlink.compress.codecs.transform import rotated, unrotated
 from kvlink.errors import CodecError, ContextError, IdentityError, IntegrityError
 from kvlink.eval.profiling import make_profile
 from kvlink.eval.questions import generated
@@ -32,7 +31,7 @@ TEXTS = [item.context for item in itertools.islice(generated(4, (6, 9)), 8)]
 
 
 def build(lm) -> Profile:
-    return build_profile(lm, TEXTS, unrotated, lambda: None)
+    return build_profile(lm, TEXTS, lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +76,7 @@ def test_every_architecture_has_a_rotation_that_leaves_keys_as_they_were_at_posi
         if cache is None:
             pytest.skip("a sliding window counts tokens, not positions")
         layer = cache.layers[0]
-        keys.append(unrotated(layer.keys.double(), layer.positions, rotation(lm, 64)[0]))
+        keys.append(rotation(lm, 64)[0].off(layer.keys.double(), layer.positions))
     assert torch.allclose(keys[0], keys[1], atol=1e-5)
     assert torch.allclose(keys[0], keys[2], atol=1e-5)
 
@@ -171,7 +170,7 @@ def test_quality_is_measured_on_questions_that_the_statistics_have_not_seen(tiny
 
 def test_no_texts_make_no_profile(tiny):
     with pytest.raises(ContextError, match="got none"):
-        build_profile(tiny, [], rotated, lambda: None)
+        build_profile(tiny, [], lambda: None)
 
 
 def _damaged(made: Profile) -> dict[str, bytes]:

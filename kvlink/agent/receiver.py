@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from kvlink.agent.sender import count_bytes
+from kvlink.agent.uses import require_usable
 from kvlink.cache import KVCache
 from kvlink.codecs import AUTO_CALIBRATION, Transform
 from kvlink.compress.codec import decode
@@ -127,6 +128,7 @@ class Intake:
         own_shape = cache_shape(lm, shape.tokens)
         if manifest.mode == "kv":
             _check_shape(shape, own_shape)
+            require_usable(lm, manifest.recipe)
             lm.sketch.require_match(manifest.sketch)
             self._profile = self._find_profile(manifest.recipe)
         # Coded bytes and the rebuilt cache exist together for a moment.

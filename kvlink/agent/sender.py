@@ -22,6 +22,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from kvlink.agent.adapt import automatic, transform_of, with_quality
+from kvlink.agent.uses import require_usable
 from kvlink.cache import Evidence, KVCache
 from kvlink.codecs import AUTO_CALIBRATION, NO_CALIBRATION, STEP_CODES, Transform
 from kvlink.compress.codec import decode, encode
@@ -200,10 +201,12 @@ class Sender:
         """
         wish, name = wish or Wish(), transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES)
         recipe = self.recipe(recipe) if isinstance(recipe, str) else recipe
+        require_usable(self.lm, recipe)
         if wish.quality:
             recipe = with_quality(recipe, self.lm.profile, wish.quality)
         if wish.budget_bytes:
             recipe = self._with_budget(context, recipe, wish.budget_bytes)
+            require_usable(self.lm, recipe)
         if recipe.mode == "text":
             return self._pack(context, name, recipe, Look())
         look = look or self.look(context, question, recipe.selection)
@@ -214,8 +217,11 @@ class Sender:
         return self._verified(context, question, transfer, look) if wish.verify else transfer
 
     def recipe(self, text: str) -> Recipe:
-        """The recipe that a text stands for, `auto` included. Raises RecipeError."""
-        return automatic(self.lm.profile) if text == AUTO else Recipe.parse(text)
+        """The recipe that a text stands for, `auto` included. Raises RecipeError, where the model cannot
+        serve it too."""
+        found = automatic(self.lm.profile) if text == AUTO else Recipe.parse(text)
+        require_usable(self.lm, found)
+        return found
 
     def _with_budget(self, context: Context, recipe: Recipe, budget_bytes: int) -> Recipe:
         """The recipe with a budget for its retention. With a transform all positions go if they fit."""

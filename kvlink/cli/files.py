@@ -155,7 +155,8 @@ def pack(
 
     quiet()
     source = Sender(model, device=device, dtype=dtype, attention=attention)
-    transfer = source.pack(source.read(text), question, recipe, wished)
+    asked = source.recipe(recipe)  # a recipe that this model cannot serve is refused before the reading
+    transfer = source.pack(source.read(text), question, asked, wished)
     with target.open() as sink:
         count = transfer.write(sink)
     _wrote(target, count, as_json, receipt_dict(transfer.receipt))

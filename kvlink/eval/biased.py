@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from kvlink.compress.codecs.transform import unrotated
 from kvlink.errors import UnsupportedCacheError
 from kvlink.eval.questions import generated
 from kvlink.model.calibrate import build_profile
@@ -45,7 +44,7 @@ def biased(lm: LanguageModel) -> LanguageModel:
     if lm.profile is None:
         return twin
     texts = [item.context for item in itertools.islice(generated(_PROFILE_SEED), _PROFILE_TEXTS)]
-    profile = build_profile(twin, texts, unrotated, lambda: None)
+    profile = build_profile(twin, texts, lambda: None)
     return replace(twin, profile=profile)
 
 

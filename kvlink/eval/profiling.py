@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 
 from kvlink.codecs import step_of
-from kvlink.compress.codecs.transform import unrotated
 from kvlink.eval.items import Item
 from kvlink.eval.measure import Bench
 from kvlink.eval.tables import Case
@@ -36,7 +35,7 @@ def make_profile(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums and eigenvectors hang, in their last bits, on how many add them up
     try:
-        return _make(lm, build_profile(lm, texts, unrotated, on_step), held_out, on_step)
+        return _make(lm, build_profile(lm, texts, on_step), held_out, on_step)
     finally:
         torch.set_num_threads(threads)
 

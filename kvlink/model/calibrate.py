@@ -8,7 +8,6 @@ Does not know: codecs, messages. Place on the path: before it; both ends need th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +17,10 @@ from torch import Tensor
 
 from kvlink._release import RELEASE
 from kvlink.errors import ContextError, UnsupportedCacheError
-from kvlink.model.loading import LanguageModel
+from kvlink.model.language import LanguageModel
 from kvlink.model.prefill import attention_layers, prefill
 from kvlink.model.restore import cache_shape
+from kvlink.model.rotary import Rotation, rotations
 from kvlink.profile import Profile, Side, make_side
 
 KEY_STEP = 4.0
@@ -34,25 +34,16 @@ _WHOLE_CHANNELS = 256
 """A basis spans all heads of a layer up to so many channels, else each head has its own."""
 
 
-def rotation(lm: LanguageModel, tokens: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Cosine and sine `[T, Drot]` float32 of each layer's rotary embedding, as the model computes them.
+def rotation(lm: LanguageModel, tokens: int) -> tuple[Rotation, ...]:
+    """The rotation of each layer at positions 0 … tokens − 1.
 
-    Raises UnsupportedCacheError where the model has none that is understood.
+    Raises UnsupportedCacheError where the model's is not understood.
     """
-    module = getattr(lm.model.base_model, "rotary_emb", None)
-    if module is None:
-        raise UnsupportedCacheError(f"{lm.name}: no rotary embedding is found, so keys cannot be unrotated")
-    config = lm.model.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
-    by_kind = "layer_type" in inspect.signature(module.forward).parameters
-    places = torch.arange(tokens, device=lm.model.device)[None]
-    like = torch.zeros(1, dtype=torch.float32, device=lm.model.device)
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    with torch.inference_mode():
-        for kind in dict.fromkeys(kinds):
-            cosine, sine = module(like, places, layer_type=kind) if by_kind else module(like, places)
-            found[kind] = (cosine[0].float().cpu().clone(), sine[0].float().cpu().clone())
-    return tuple(found[kind] for kind in kinds)
+    if not lm.traits.arrangements:
+        raise UnsupportedCacheError(
+            lm.traits.refused.get("transform", f"{lm.name}: its rotation is not known")
+        )
+    return rotations(lm.model, lm.traits.arrangements, tokens)
 
 
 def units(lm: LanguageModel) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -61,15 +52,20 @@ def units(lm: LanguageModel) -> tuple[tuple[Tensor, Tensor], ...]:
     Keys: KEY_STEP ÷ the expected size of the queries on the channel's rotary pair. Values: 1 ÷ the
     norm of the output projection's column. Where a model's projections are not found, all ones.
     """
-    layers = attention_layers(lm.model)
     shape = _Shape.of(lm)
     out = []
-    for module in layers:
-        queries = _query_sizes(lm, module, shape)
+    for index, module in enumerate(_modules(lm)):
+        queries = _query_sizes(lm, module, index, shape)
         columns = _output_metric(module, shape).diagonal(dim1=-2, dim2=-1).sqrt().reshape(-1)
         keys = KEY_STEP / (queries.reshape(-1) * shape.logit_scale(module)).clamp(min=1e-9)
         out.append((keys, 1 / columns.clamp(min=1e-9)))
     return tuple(out)
+
+
+def _modules(lm: LanguageModel) -> list[Any]:
+    """The attention module of each layer of the cache, None where they cannot be told apart."""
+    found, layers = attention_layers(lm.model), cache_shape(lm, 1).layers
+    return list(found) if [m.layer_idx for m in found] == list(range(layers)) else [None] * layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,69 +79,88 @@ class _Shape:
     @classmethod
     def of(cls, lm: LanguageModel) -> _Shape:
         known = cache_shape(lm, 1)
-        heads = lm.model.config.get_text_config(decoder=True).num_attention_heads
+        told = getattr(lm.model.config.get_text_config(decoder=True), "num_attention_heads", None)
+        heads = told if isinstance(told, int) and told % known.kv_heads == 0 else known.kv_heads
         return cls(heads, known.kv_heads, known.head_size)
 
     def logit_scale(self, module: Any) -> float:
         """√D times the layer's own scaling of logits: 1 for nearly all models."""
-        return float(getattr(module, "scaling", self.size**-0.5)) * self.size**0.5
+        scaling = getattr(module, "scaling", None)
+        return (float(scaling) if isinstance(scaling, float) else self.size**-0.5) * self.size**0.5
 
 
-def _query_sizes(lm: LanguageModel, module: Any, shape: _Shape) -> Tensor:
+def _query_sizes(lm: LanguageModel, module: Any, index: int, shape: _Shape) -> Tensor:
     """Expected root mean square of the queries by channel, `[Hkv, D]` float64, equal on rotary pairs."""
-    if getattr(module, "q_norm", None) is not None:
-        rows = _norm_weight(module.q_norm).expand(shape.heads, shape.size)
-    else:
-        weight = _query_weight(module, shape)
-        if weight is None:
-            return torch.ones(shape.kv_heads, shape.size, dtype=torch.float64)
-        gain = _input_gain(lm, module, weight.shape[1])
-        bias = getattr(getattr(module, "q_proj", None), "bias", None)
-        square = (weight * gain).square().sum(1)
-        square = square if bias is None else square + _plain(bias).square()
-        rows = square.sqrt().reshape(shape.heads, shape.size)
-    return _paired(rows.reshape(shape.kv_heads, -1, shape.size).square().mean(1)).sqrt()
+    rows = _query_rows(lm, module, shape)
+    if rows is None:
+        return torch.ones(shape.kv_heads, shape.size, dtype=torch.float64)
+    square = rows.reshape(shape.kv_heads, -1, shape.size).square().mean(1)
+    if lm.traits.arrangements:  # a rotation mixes the two channels of a pair
+        (turn,) = rotations(lm.model, lm.traits.arrangements[index : index + 1], 1)
+        mean = (square[:, turn.first] + square[:, turn.second]) / 2
+        square[:, turn.first] = square[:, turn.second] = mean
+    return square.sqrt()
 
 
-def _paired(square: Tensor) -> Tensor:
-    """Mean over the two channels of a rotary pair (c and c + D/2): a rotation mixes them."""
-    first, second = square.chunk(2, -1)
-    pair = (first + second) / 2
-    return torch.cat((pair, pair), -1)
+def _query_rows(lm: LanguageModel, module: Any, shape: _Shape) -> Tensor | None:
+    """Expected size of each query channel, `[Hq, D]` float64: a norm's weight, or the projection's rows."""
+    norm = getattr(module, "q_norm", None)
+    if norm is not None:
+        weight = _norm_weight(norm)
+        if weight is None or weight.numel() not in (shape.size, shape.heads * shape.size):
+            return None
+        return weight.reshape(-1, shape.size).expand(shape.heads, shape.size)
+    weight = _query_weight(module, shape)
+    if weight is None:
+        return None
+    square = (weight * _input_gain(lm, module, weight.shape[1])).square().sum(1)
+    bias = getattr(getattr(module, "q_proj", None), "bias", None)
+    square = square if bias is None else square + _plain(bias).square()
+    return square.sqrt().reshape(shape.heads, shape.size)
 
 
 def _query_weight(module: Any, shape: _Shape) -> Tensor | None:
     """Rows of the query projection, `[Hq · D, hidden]` float64; None where it is not found."""
     rows = shape.heads * shape.size
-    if hasattr(module, "q_proj"):
-        return _plain(module.q_proj.weight)
-    if hasattr(module, "qkv_proj"):
-        return _plain(module.qkv_proj.weight)[:rows]
-    if hasattr(module, "query_key_value"):
-        whole = _plain(module.query_key_value.weight)
+    if (own := _matrix(module, "q_proj")) is not None:
+        return own if len(own) == rows else None
+    if (fused := _matrix(module, "qkv_proj")) is not None:
+        return fused[:rows] if len(fused) == rows + 2 * shape.kv_heads * shape.size else None
+    if (whole := _matrix(module, "query_key_value")) is not None and len(whole) == 3 * rows:
         return whole.reshape(shape.heads, 3, shape.size, -1)[:, 0].reshape(rows, -1)
     return None
+
+
+def _matrix(module: Any, name: str) -> Tensor | None:
+    weight = getattr(getattr(module, name, None), "weight", None)
+    return _plain(weight) if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
 
 def _input_gain(lm: LanguageModel, module: Any, hidden: int) -> Tensor:
     """Gain of the normalization before the layer's attention, `[hidden]` float64."""
     for parent in lm.model.modules():
         if module in parent.children() and getattr(parent, "input_layernorm", None) is not None:
-            return _norm_weight(parent.input_layernorm)
+            weight = _norm_weight(parent.input_layernorm)
+            if weight is not None and weight.numel() == hidden:
+                return weight.reshape(-1)
     return torch.ones(hidden, dtype=torch.float64)
 
 
-def _norm_weight(norm: Any) -> Tensor:
-    weight = _plain(norm.weight)
-    return weight + 1 if type(norm).__name__.startswith("Gemma") else weight
+def _norm_weight(norm: Any) -> Tensor | None:
+    """A norm's weight; None of one that has none."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    return _plain(weight) + 1 if type(norm).__name__.startswith("Gemma") else _plain(weight)
 
 
 def _output_metric(module: Any, shape: _Shape) -> Tensor:
     """`[Hkv, D, D]` float64: what an error in a value does to the output, summed over the group."""
-    projection = getattr(module, "o_proj", None) or getattr(module, "dense", None)
-    if projection is None:
+    weight = _matrix(module, "o_proj")
+    weight = _matrix(module, "dense") if weight is None else weight
+    if weight is None or weight.shape[1] != shape.heads * shape.size:
         return torch.eye(shape.size, dtype=torch.float64).expand(shape.kv_heads, -1, -1)
-    columns = _plain(projection.weight).reshape(-1, shape.kv_heads, shape.heads // shape.kv_heads, shape.size)
+    columns = weight.reshape(-1, shape.kv_heads, shape.heads // shape.kv_heads, shape.size)
     return torch.einsum("ohgc,ohgd->hcd", columns, columns)
 
 
@@ -179,17 +194,15 @@ class _Sums:
         return self.second / self.count - torch.outer(self.mean, self.mean)
 
 
-def build_profile(
-    lm: LanguageModel, texts: Sequence[str], unrotate: Callable[..., Tensor], on_text: Callable[[], object]
-) -> Profile:
+def build_profile(lm: LanguageModel, texts: Sequence[str], on_text: Callable[[], object]) -> Profile:
     """A profile from the caches of `texts`, the same for the same texts and model.
 
-    `unrotate`: the codec's own way to take a rotation off. Raises ContextError without texts.
+    Raises ContextError without texts.
     """
     if not texts:
         raise ContextError("a profile needs texts to be made from, got none")
     shape = _Shape.of(lm)
-    layers = attention_layers(lm.model)
+    layers = _modules(lm)
     sums = [(_Sums(), _Sums()) for _ in layers]
     tokens = 0
     for text in texts:
@@ -197,13 +210,15 @@ def build_profile(
         turns = rotation(lm, cache.tokens)
         tokens += cache.tokens
         for index, layer in enumerate(cache.layers):
-            keys = unrotate(layer.keys.cpu().double(), layer.positions, turns[index])
+            keys = turns[index].off(layer.keys.cpu().double(), layer.positions)
             for which, tensor in ((0, keys), (1, layer.values)):
                 sums[index][which].add(tensor[:, SINKS:].transpose(0, 1).flatten(1).cpu())
         on_text()
     all_keys, all_values = [], []
-    for module, (of_keys, of_values) in zip(layers, sums, strict=True):
-        tolerance = torch.diag_embed(_query_sizes(lm, module, shape) * shape.logit_scale(module) / KEY_STEP)
+    for index, (module, (of_keys, of_values)) in enumerate(zip(layers, sums, strict=True)):
+        tolerance = torch.diag_embed(
+            _query_sizes(lm, module, index, shape) * shape.logit_scale(module) / KEY_STEP
+        )
         all_keys.append(_fit(of_keys, tolerance))
         metric = _root(_output_metric(module, shape))
         whole = torch.block_diag(*metric) @ of_values.covariance @ torch.block_diag(*metric)

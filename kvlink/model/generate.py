@@ -20,7 +20,8 @@ from kvlink.cache import KVCache
 from kvlink.defaults import NEW_TOKENS
 from kvlink.errors import ContextError, DataError
 from kvlink.model.detokenize import AnswerText
-from kvlink.model.loading import LanguageModel
+from kvlink.model.forward import forward
+from kvlink.model.language import LanguageModel
 from kvlink.model.restore import view
 
 
@@ -110,7 +111,6 @@ def divergence(own: Tensor, other: Tensor) -> Tensor:
     return (own.exp() * (own - other)).sum(-1).clamp(min=0)
 
 
-@torch.inference_mode()
 def next_logits(
     lm: LanguageModel, state: object, ids: Sequence[int], position: int, visible: Tensor | None = None
 ) -> Tensor:
@@ -118,19 +118,13 @@ def next_logits(
 
     The mask spans the logical length: sliding-window layers count from it. `visible`: see `generate`.
     """
-    device = lm.model.device
-    mask = torch.ones(1, position + len(ids), dtype=torch.long, device=device)
+    visible = getattr(state, "visible", None) if visible is None else visible
+    mask = torch.ones(position + len(ids), dtype=torch.long)
     if visible is not None:
-        mask[0, : len(visible)] = visible
+        mask[: len(visible)] = visible
     with lm.lock:
-        out = lm.model(
-            input_ids=torch.tensor([list(ids)], device=device),
-            attention_mask=mask,
-            position_ids=torch.arange(position, position + len(ids), device=device)[None],
-            past_key_values=state,
-            use_cache=True,
-        )
-    return out.logits[0].float().cpu()
+        found = forward(lm.model, ids, state, torch.arange(position, position + len(ids)), mask)
+    return found.float().cpu()
 
 
 def _pick(logits: Tensor, temperature: float, sampler: torch.Generator) -> int:

@@ -8,8 +8,7 @@ Does not know: contexts, peers. Place on the path: before it.
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,125 +20,19 @@ from kvlink.cache import DTYPES
 from kvlink.defaults import ATTENTION, DEVICE, DTYPE
 from kvlink.errors import ConfigError, ContextError, ModelError, UnsupportedCacheError
 from kvlink.model.fingerprint import fingerprint_of, stamp
+from kvlink.model.language import LanguageModel as LanguageModel
 from kvlink.model.probe import remembered_sketch
-from kvlink.model.room import most_text_bytes, require_room
+from kvlink.model.self_test import traits_of
 from kvlink.model.sources import EMBEDDED as EMBEDDED
 from kvlink.model.sources import embedded_folder as embedded_folder
 from kvlink.model.sources import folder_of
-from kvlink.model.template import Template, Turn, template_for
-from kvlink.model.tokens import Encoder, encoder_for
-from kvlink.payload import Fingerprint, Prompt
+from kvlink.model.template import template_for
 from kvlink.profile import Profile
-from kvlink.sketch import Sketch
 
 PROFILE_FILE = "kvlink.profile"
 """A profile of this name in a model's folder is used with it."""
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _CHANGING_ROPE = ("dynamic", "longrope")
-
-
-@dataclass(frozen=True, slots=True)
-class LanguageModel:
-    """A model with its tokenizer and template. `lock` is held for every forward pass.
-
-    `profile`: what is known of its caches beforehand, where its folder has one.
-    """
-
-    name: str
-    model: Any
-    tokenizer: Any
-    template: Template
-    fingerprint: Fingerprint
-    sketch: Sketch
-    attention: str
-    profile: Profile | None = None
-    lock: threading.RLock = field(default_factory=threading.RLock)
-
-    @property
-    def window(self) -> int:
-        """Positions that the model can tell apart."""
-        return int(getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", 2**31))
-
-    @property
-    def dtype(self) -> str:
-        return next(name for name, value in DTYPES.items() if value == self.model.dtype)
-
-    @property
-    def text_bytes(self) -> int:
-        """UTF-8 bytes of text that can fit into the window."""
-        return most_text_bytes(self.tokenizer, self.window)
-
-    @property
-    def encoder(self) -> Encoder:
-        return encoder_for(self.tokenizer, self.template.source)
-
-    @property
-    def embeddings(self) -> int:
-        """Rows of the embedding: token ids that the model can read."""
-        weight = getattr(self.model.get_input_embeddings(), "weight", None)
-        return 2**31 if weight is None else len(weight)
-
-    def context_ids(self, text: str, prompt: Prompt | None = None) -> list[int]:
-        """Token ids of before · context · after, as they are cut in one text with a question behind.
-
-        Control tokens come from the template alone: markers inside the context or a turn are text.
-        Raises ContextError.
-        """
-        if not text.strip():
-            raise ContextError("the context is empty: nothing to read")
-        whole = self._context_text(text, prompt or self.template.prompt())
-        ids = self._readable(self.encoder.ids(whole, after=self.encoder.own(self.template.ask("x"))))
-        if self.template.special_tokens:
-            ids = [*self.encoder.opening, *ids]
-        if len(ids) >= self.window:
-            raise ContextError(f"the context has {len(ids)} tokens, the model's window {self.window}")
-        return ids
-
-    def question_ids(self, question: str, context_tokens: int, new_tokens: int = 1) -> list[int]:
-        """Token ids of the question's part, as they are cut behind a context.
-
-        Raises ContextError where the window is too small.
-        """
-        if not question.strip():
-            raise ContextError("the question is empty")
-        require_room(self.tokenizer, self.window, question, "the question")
-        encoder, template = self.encoder, self.template
-        asked = encoder.own(template.ask_before) + question + encoder.own(template.ask_after)
-        ids = self._readable(encoder.ids(asked, before=self._context_text("x", template.prompt())))
-        if context_tokens + len(ids) + new_tokens > self.window:
-            raise ContextError(
-                f"the question has {len(ids)} tokens; with {context_tokens} of context and {new_tokens} to come "
-                f"that is more than the model's window of {self.window}"
-            )
-        return ids
-
-    def context_pieces(self, text: str, prompt: Prompt) -> list[str]:
-        """The tokens of `context_ids` as text, for people: joined they are the text."""
-        opening = [""] * len(self.encoder.opening) if self.template.special_tokens else []
-        return [*opening, *self.encoder.pieces(self._context_text(text, prompt))]
-
-    def _context_text(self, text: str, prompt: Prompt) -> str:
-        """before · context · after as the encoder takes it."""
-        encoder = self.encoder
-        around = "".join(turn.content for turn in prompt.turns) if prompt.turns else prompt.before.decode()
-        require_room(self.tokenizer, self.window, around + text, "the context")
-        if prompt.turns:
-            guarded = [Turn(turn.role, encoder.guard(turn.content)) for turn in prompt.turns]
-            before = self.template.opening(guarded)
-        else:
-            before = prompt.before.decode()
-        return encoder.own(before) + text + encoder.own(prompt.after.decode())
-
-    def _readable(self, ids: list[int]) -> list[int]:
-        """The ids, where the model has an embedding for each. Raises ContextError, naming the token."""
-        beyond = max(ids, default=0)
-        if beyond >= self.embeddings:
-            token = self.tokenizer.convert_ids_to_tokens(beyond)
-            raise ContextError(
-                f"the tokenizer of {self.name} cuts the text into token {beyond} ({token!r}), but the model has "
-                f"{self.embeddings} embeddings: it was never made for that token"
-            )
-        return ids
 
 
 def load(
@@ -197,14 +90,13 @@ def wrap(name: str, model: Any, tokenizer: Any, files: list[Any] | None = None) 
         raise UnsupportedCacheError(f"the cache dtype must be one of {', '.join(DTYPES)}, got {model.dtype}")
     template = template_for(tokenizer)
     fingerprint = fingerprint_of(model, tokenizer, template, files)
-    sketch = remembered_sketch(model, fingerprint, files)
-    attention = model.config._attn_implementation
-    lm = LanguageModel(name, model, tokenizer, template, fingerprint, sketch, attention)
+    lm = LanguageModel(name, model, tokenizer, template, fingerprint, model.config._attn_implementation)
     try:
         lm.question_ids("x", len(lm.context_ids("x")))
     except ContextError as error:
         raise ModelError(f"{name}: the template itself cannot be read: {error}") from error
-    return lm
+    lm = replace(lm, traits=traits_of(lm, lasting=bool(files)))
+    return replace(lm, sketch=remembered_sketch(model, fingerprint, files))
 
 
 def check_config(config: Any) -> None:

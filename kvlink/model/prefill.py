@@ -20,7 +20,8 @@ from transformers.cache_utils import DynamicCache
 
 from kvlink.cache import Evidence, KVCache
 from kvlink.errors import ConfigError, ModelError, UnsupportedCacheError
-from kvlink.model.loading import LanguageModel
+from kvlink.model.forward import forward
+from kvlink.model.language import LanguageModel
 from kvlink.model.restore import extract, view
 
 MASS_BLOCK = 128
@@ -53,7 +54,7 @@ def read_question(
     One forward of the Q + draft tokens over the cached keys. `[L, Hkv, T]` each.
     """
     with lm.lock, _captured(lm) as seen:
-        _forward(lm, [*question, *draft], view(lm, cache), cache.tokens, seen=cache.tokens)
+        _forward(lm, [*question, *draft], view(lm, cache), cache.tokens, seen=cache.tokens, weights=True)
     asked = len(question)
     rows = [_grouped(layer, cache) for layer in seen.weights(len(cache.layers))]
     drafted = None
@@ -87,7 +88,7 @@ def read_context(
                 _forward(lm, asked[start:stop], cache, start, seen=start)
                 continue
             with _captured(lm) as seen:
-                _forward(lm, asked[start:stop], cache, start, seen=start)
+                _forward(lm, asked[start:stop], cache, start, seen=start, weights=True)
             held = extract(cache, stop)
             sums = torch.stack(
                 [
@@ -193,7 +194,6 @@ def _blocks(tokens: int, window: int, all_blocks: bool) -> Iterator[tuple[int, i
     yield first, tokens, True
 
 
-@torch.inference_mode()
 def _forward(
     lm: LanguageModel,
     ids: Sequence[int],
@@ -202,19 +202,16 @@ def _forward(
     *,
     seen: int,
     positions: Tensor | None = None,
+    weights: bool = False,
 ) -> Any:
-    """One forward pass that fills `cache`. `seen`: logical length before it."""
-    device = lm.model.device
+    """One forward pass that fills `cache`. `seen`: logical length before it. `weights`: see `forward`."""
     places = torch.arange(first, first + len(ids)) if positions is None else positions
+    visible = getattr(cache, "visible", None)
+    mask = torch.ones(seen + len(ids), dtype=torch.long)
+    if visible is not None:
+        mask[: len(visible)] = visible
     with lm.lock:
-        lm.model(
-            input_ids=torch.tensor([list(ids)], device=device),
-            attention_mask=torch.ones(1, seen + len(ids), dtype=torch.long, device=device),
-            position_ids=places[None].to(device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        forward(lm.model, ids, cache, places, mask, last_only=True, weights=weights)
     return cache
 
 

@@ -30,6 +30,7 @@ from transformers.cache_utils import DynamicCache
 
 from kvlink.errors import KvlinkError, ModelError
 from kvlink.model.fingerprint import stamp
+from kvlink.model.forward import forward
 from kvlink.model.remembered import recall, remember
 from kvlink.payload import Fingerprint
 from kvlink.sketch import GROUPS, STEPS, Sketch, chosen_layers
@@ -95,18 +96,12 @@ def _special_ids(fields: dict[str, Any]) -> set[int]:
 
 @torch.inference_mode()
 def _read(model: Any) -> Any:
-    ids, device = probe_ids(model), model.device
+    ids = probe_ids(model)
     cache = DynamicCache(config=model.config)
     try:
         with _in_float32(model):
-            model(
-                input_ids=torch.tensor([ids], device=device),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
-                position_ids=torch.arange(len(ids), device=device)[None],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            mask = torch.ones(len(ids), dtype=torch.long)
+            forward(model, ids, cache, torch.arange(len(ids)), mask, last_only=True)
     except Exception as error:  # a model's code is foreign and raises anything
         raise ModelError(f"{model.config.model_type}: cannot read {len(ids)} tokens: {error!r}") from error
     return cache

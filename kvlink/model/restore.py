@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvlink.cache import KVCache, LayerCache, full_positions
 from kvlink.errors import ContextError, IdentityError, UnsupportedCacheError
-from kvlink.model.loading import LanguageModel
+from kvlink.model.language import LanguageModel
 from kvlink.payload import CacheShape
 
 
@@ -50,27 +52,23 @@ def extract(cache: Any, tokens: int, positions: Any = None) -> KVCache:
 
 def cache_shape(lm: LanguageModel, tokens: int) -> CacheShape:
     """The shape that this model's own cache of `tokens` tokens would have."""
-    config = lm.model.config.get_text_config(decoder=True)
     layers: list[Any] = DynamicCache(config=lm.model.config).layers
     whole = tuple((i, min(tokens, x.sliding_window - 1)) for i, x in enumerate(layers) if x.is_sliding)
-    return CacheShape(
-        layers=len(layers),
-        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        tokens=tokens,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        dtype=lm.dtype,
-        whole_layers=whole,
-    )
+    return CacheShape(len(layers), lm.traits.kv_heads, tokens, lm.traits.head_size, lm.dtype, whole)
 
 
-def view(lm: LanguageModel, cache: KVCache) -> DynamicCache:
-    """A cache for one generation that shares the tensors of `cache`.
+def view(lm: LanguageModel, cache: KVCache, out: DynamicCache | None = None) -> DynamicCache:
+    """A cache for one generation that shares the tensors of `cache`. `out`: an empty one to fill.
 
+    Where the model counts keys, a cache of fewer positions comes at its full length, with its own `visible`.
     Raises IdentityError where the cache does not fit the model's layers.
     """
-    out = DynamicCache(config=lm.model.config)
-    if len(out.layers) != len(cache.layers):
+    out = DynamicCache(config=lm.model.config) if out is None else out
+    if lm.traits.padded and any(not x.sliding and x.keys.shape[1] < cache.tokens for x in cache.layers):
+        cache, out.visible = _padded(cache)  # type: ignore[attr-defined]
+    if out.layers and len(out.layers) != len(cache.layers):
         raise IdentityError(f"the model has {len(out.layers)} layers, the cache {len(cache.layers)}")
+    out.layers = out.layers or [DynamicLayer() for _ in cache.layers]
     targets: list[Any] = out.layers
     for index, (target, layer) in enumerate(zip(targets, cache.layers, strict=True)):
         if isinstance(target, DynamicSlidingWindowLayer) is not layer.sliding:
@@ -81,6 +79,24 @@ def view(lm: LanguageModel, cache: KVCache) -> DynamicCache:
         if layer.sliding:
             target.cumulative_length = cache.tokens
     return out
+
+
+def _padded(cache: KVCache) -> tuple[KVCache, Tensor]:
+    """The cache at its full length, zeros where nothing is held, and what is held `[T]` bool."""
+    held = cache.layers[0].positions[0]
+    layers = []
+    for layer in cache.layers:
+        if layer.sliding or not bool((layer.positions == held.to(layer.positions.device)).all()):
+            raise UnsupportedCacheError("this model needs the same positions in every layer and head")
+        sides = []
+        for tensor in (layer.keys, layer.values):
+            whole = tensor.new_zeros(tensor.shape[0], cache.tokens, tensor.shape[2])
+            whole[:, held.to(tensor.device)] = tensor
+            sides.append(whole)
+        layers.append(LayerCache(sides[0], sides[1], full_positions(len(layer.keys), cache.tokens)))
+    visible = torch.zeros(cache.tokens, dtype=torch.bool)
+    visible[held.cpu()] = True
+    return KVCache(tuple(layers), cache.tokens), visible
 
 
 def join(*caches: KVCache) -> NoReturn:

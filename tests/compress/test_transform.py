@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 from kvlink.cache import KVCache, LayerCache, full_positions
 from kvlink.compress.codec import decode, encode
 from kvlink.compress.codecs import CodecContext
-from kvlink.compress.codecs.transform import rotated, unrotated
 from kvlink.errors import CodecError, RecipeError
+from kvlink.model.rotary import Rotation
 from kvlink.payload import Fingerprint
 from kvlink.profile import Profile, make_side
 from kvlink.recipe import Recipe
@@ -23,11 +24,12 @@ from kvlink.recipe import Recipe
 MARKS = Fingerprint(*(bytes([i]) * 16 for i in range(5)))
 
 
-def turns(tokens: int, size: int, layers: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+def turns(tokens: int, size: int, layers: int) -> tuple[Rotation, ...]:
     """A rotary embedding of `size` channels."""
     speed = 0.5 ** torch.arange(size // 2, dtype=torch.float32)
-    angle = torch.arange(tokens)[:, None] * torch.cat((speed, speed))[None]
-    return ((angle.cos(), angle.sin()),) * layers
+    angle = torch.arange(tokens)[:, None] * speed[None]
+    first = torch.arange(size // 2)
+    return (Rotation(angle.cos(), angle.sin(), first, first + size // 2),) * layers
 
 
 def known(tokens: int, heads: int, size: int, layers: int, profile: Profile | None = None) -> CodecContext:
@@ -68,7 +70,7 @@ def test_without_a_profile_an_error_is_at_most_half_a_step(step):
     full, what = cache(), known(40, 2, 8, 2)
     back = there_and_back(full, Recipe.parse(f"transform={step} basis=own"), what)
     for layer, found in zip(full.layers, back.layers, strict=True):
-        error = unrotated(layer.keys.double() - found.keys.double(), layer.positions, what.rotation[0])
+        error = what.rotation[0].off(layer.keys.double() - found.keys.double(), layer.positions)
         assert error.abs().max() <= step / 2 * 1.0001 + 1e-5, "of keys without their rotation"
         relative = (layer.values - found.values).abs().max() / layer.values.std()
         assert relative <= step / 2 * 1.2, "of values, relative to their size"
@@ -92,12 +94,12 @@ def test_a_rotation_comes_off_and_goes_on_again():
     keys = torch.randn(2, 30, 8, dtype=torch.float64)
     places = full_positions(2, 30)
     (turn,) = turns(30, 6, 1)
-    assert torch.allclose(rotated(unrotated(keys, places, turn), places, turn), keys)
-    assert torch.equal(unrotated(keys, places, turn)[..., 6:], keys[..., 6:]), (
+    assert torch.allclose(turn.on(turn.off(keys, places), places), keys)
+    assert torch.equal(turn.off(keys, places)[..., 6:], keys[..., 6:]), (
         "channels beyond the rotated ones stay"
     )
-    scaled = (1.3 * turn[0], 1.3 * turn[1])
-    assert torch.allclose(unrotated(rotated(keys, places, scaled), places, scaled), keys), "a scaling too"
+    scaled = replace(turn, cosine=1.3 * turn.cosine, sine=1.3 * turn.sine)
+    assert torch.allclose(scaled.off(scaled.on(keys, places), places), keys), "a scaling too"
 
 
 def test_kept_positions_keep_their_own_rotation():

@@ -49,7 +49,7 @@ def test_a_text_beyond_the_window_is_never_cut(watched, name):
     for cut in (watched.context_ids, lambda text: watched.question_ids(text, 0)):
         with pytest.raises(ContextError, match="the model's window 2048 holds at most"):
             cut(LONG[name])
-    assert watched.tokenizer.longest == 0
+    assert watched.tokenizer.longest < 100, "more than the few words that its encoder tries"
 
 
 def test_the_bound_follows_the_window_and_the_vocabulary(tiny):

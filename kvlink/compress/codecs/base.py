@@ -5,7 +5,9 @@ Does not know: any one codec. Place on the path: under the codecs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -27,17 +29,24 @@ class Place:
     fine: Tensor | None = None
 
 
+class KeyRotation(Protocol):
+    """The rotation of one layer's keys: `[H, K, D]` float64 at `positions` `[H, K]`, with it and without."""
+
+    def on(self, keys: Tensor, positions: Tensor) -> Tensor: ...
+
+    def off(self, keys: Tensor, positions: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class CodecContext:
     """What both ends know of the model beside a message. Codecs that need none of it take an empty one.
 
-    `rotation`: cosine and sine of each layer's rotary embedding at positions 0 … T − 1,
-    `[T, Drot]` float32 each. `units`: for keys and values of each layer the step that the model
-    tolerates in a channel, `[C]` float64, of values relative to each other; only an encoder without
-    a calibration needs them.
+    `rotation`: how the keys of each layer turn at positions 0 … T − 1.
+    `units`: for keys and values of each layer the step that the model tolerates in a channel, `[C]` float64,
+    of values relative to each other; only an encoder without a calibration needs them.
     """
 
-    rotation: tuple[tuple[Tensor, Tensor], ...] = ()
+    rotation: Sequence[KeyRotation] = ()
     calibration: Profile | None = None
     units: tuple[tuple[Tensor, Tensor], ...] = ()
 

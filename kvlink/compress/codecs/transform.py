@@ -34,7 +34,7 @@ def encode(
     if not bool(plain.isfinite().all()):
         raise CodecError("a number is not finite: only raw and lossless carry it")
     if place.side == "keys":
-        plain = unrotated(plain, place.positions, context.rotation[place.layer])
+        plain = context.rotation[place.layer].off(plain, place.positions)
     codes = _row_codes(codec, place)
     shared = context.statistics(codec, place)
     if shared is not None:
@@ -78,7 +78,7 @@ def decode(
         rows = found * _from_code(units).reshape(heads, 1, channels) + mean.reshape(heads, 1, channels)
     plain = rows.transpose(0, 1).reshape(kept, heads, channels).transpose(0, 1)
     if place.side == "keys":
-        plain = rotated(plain, place.positions, context.rotation[place.layer])
+        plain = context.rotation[place.layer].on(plain, place.positions)
     return narrowed(plain, kind).contiguous()
 
 
@@ -89,27 +89,6 @@ def _row_codes(codec: Transform, place: Place) -> Tensor:
     if place.fine is None or codec.rest_code is None:
         return own
     return torch.where(torch.isin(positions, place.fine), own, torch.tensor(codec.rest_code))
-
-
-def rotated(tensor: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """`[H, K, D]` float64 with the rotation of its positions put on. Channels beyond it stay."""
-    cosine, sine = (part.double()[positions] for part in rotation)
-    return _turned(tensor, cosine, sine)
-
-
-def unrotated(tensor: Tensor, positions: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Undo `rotated`, a scaling of the rotation (YaRN) with it."""
-    cosine, sine = (part.double()[positions] for part in rotation)
-    out = _turned(tensor, cosine, -sine)
-    out[..., : cosine.shape[-1]] /= cosine.square() + sine.square()
-    return out
-
-
-def _turned(tensor: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    size = cosine.shape[-1]
-    turned, rest = tensor[..., :size], tensor[..., size:]
-    first, second = turned.chunk(2, -1)
-    return torch.cat((turned * cosine + torch.cat((-second, first), -1) * sine, rest), -1)
 
 
 def _blocked(tensor: Tensor, blocks: int) -> Tensor:
