@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -74,10 +74,13 @@ class Planner:
     samples: dict[str, list[Any]] = field(init=False)
     own: dict[str, Seen] = field(init=False)
     """Ids by the peer that they belong to."""
+    begun: dict[str, deque[tuple[list[bytes], int]]] = field(init=False)
+    """Transfers that were cut, by peer: their frames, and how many of them left."""
 
     def __post_init__(self) -> None:
         self.samples = self.honest.requests(self.receiver_at)
         self.own = defaultdict(lambda: Seen(6))
+        self.begun = defaultdict(lambda: deque(maxlen=6))
 
     def plan(self, number: int, peer: str, token: str) -> Plan:
         rng = random.Random(f"{self.seed}/{self.service.name}/{number}")
@@ -88,7 +91,7 @@ class Planner:
         if malformed:
             messages = [rng.randbytes(rng.choice((1, 7, 100))) for _ in range(rng.choice((1, 1, 3)))]
         elif method.client_streaming:
-            messages = self._stream(maker, method)
+            messages = self._stream(maker, method, peer)
         else:
             messages = [self._request(maker, method, self.own[peer]).SerializeToString()]
             if rng.random() < 0.01:
@@ -122,12 +125,21 @@ class Planner:
                 setattr(made, name, value or kind())
         return made if rng.random() < 0.15 else maker.changed(made)
 
-    def _stream(self, maker: Maker, method: MethodDescriptor) -> list[bytes]:
-        """Messages of a stream: frames of an almost honest transfer, or random ones."""
+    def _stream(self, maker: Maker, method: MethodDescriptor, peer: str) -> list[bytes]:
+        """Messages of a stream: frames of an almost honest transfer, one that goes on or comes again, or random ones."""
         rng = maker.rng
+        begun = self.begun[peer]
+        if begun and rng.random() < 0.2:
+            frames, after = rng.choice(begun)
+            return [frames[0], *frames[rng.choice((1, after, after, rng.randint(1, len(frames)))) :]]
         if method.name != "PushCache" or rng.random() < 0.15:
             return [maker.message(method.input_type).SerializeToString() for _ in range(rng.randint(0, 4))]
-        return almost_honest(self.honest.transfers, maker)
+        frames = almost_honest(self.honest.transfers, maker)
+        if len(frames) > 2 and rng.random() < 0.2:
+            after = rng.randint(1, len(frames) - 1)
+            begun.append((frames, after))
+            return frames[:after]
+        return frames
 
     def _metadata(self, rng: random.Random, token: str) -> list[tuple[str, str]]:
         """The token; seldom a wrong one, and other things that the agents read."""

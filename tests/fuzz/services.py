@@ -78,6 +78,7 @@ class Tally:
         return {
             "messages": self.messages, "malformed": self.malformed, "calls": sum(statuses.values()),
             "statuses": dict(statuses.most_common()), "seconds": round(self.seconds, 1),
+            "never_ok": sorted(name for name, ends in self.by_method.items() if not ends["OK"]),
             "slowest_call_s": round(self.slowest_s, 1), "faults": len(self.faults),
         }  # fmt: skip
 
@@ -170,9 +171,12 @@ def _count(tally: Tally, plan: Plan, ended: Ended, keeper: Keeper) -> None:
         keeper.keep(fault, plan)
 
 
-async def run(kinds: list[str], messages: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Fuzz the services one after the other; the summary, with every fault in words."""
-    keeper = Keeper(Path(f"fuzz-services-{seed}"))
+async def run(kinds: list[str], messages: int, seed: int, folder: Path, keep_in: Path) -> dict[str, Any]:
+    """Fuzz the services one after the other; the summary, with every fault in words.
+
+    `folder`: for credentials and logs. `keep_in`: where calls that are at fault are kept.
+    """
+    keeper = Keeper(keep_in)
     found: dict[str, Any] = {"seed": seed, "messages": messages}
     faults: list[str] = []
     network = await asyncio.to_thread(agents.start, folder)
@@ -214,16 +218,17 @@ async def _one(
     finally:
         stop.set()
         await asyncio.gather(*beside)
-    second, last = agent.quarter_bytes(2), agent.quarter_bytes(4)
+    quarters = [agent.quarter_bytes(number) for number in (1, 2, 3, 4)]
+    second, last = quarters[1], quarters[3]
     print(f"{kind}: {tally.messages:,} messages in {tally.seconds:.0f} s, seed {seed}\n{tally.table()}")
-    print(f"  memory: medians {second / 1e6:.0f} MB in the second quarter, {last / 1e6:.0f} MB in the last")
+    print(f"  memory, medians of quarters: {', '.join(f'{bytes_ / 1e6:.0f} MB' for bytes_ in quarters)}")
     print(
         f"  honest calls: {report.rounds} rounds, {len(report.wrong)} wrong, {report.busy} told to come again, "
         f"the slowest {report.slowest_s:.1f} s",
         flush=True,
     )
     found[kind] = tally.to_dict() | {
-        "rss_second_quarter_bytes": second, "rss_last_quarter_bytes": last, "honest_rounds": report.rounds,
+        "rss_quarters_bytes": quarters, "honest_rounds": report.rounds,
         "honest_wrong": len(report.wrong), "honest_busy": report.busy, "honest_slowest_s": round(report.slowest_s, 1),
     }  # fmt: skip
     faults = [f"an honest call beside the {kind}: {what}" for what in report.wrong[:5]]
@@ -258,7 +263,8 @@ def main() -> None:
     parser.add_argument("service", nargs="*", choices=[*SERVICES, []])
     told = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(run(told.service or list(SERVICES), told.messages, told.seed, Path(folder)))
+        kinds, keep_in = told.service or list(SERVICES), Path(f"fuzz-services-{told.seed}")
+        found = asyncio.run(run(kinds, told.messages, told.seed, Path(folder), keep_in))
     print(json.dumps(found))
     sys.exit(bool(found["faults"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ _DIGESTS = ("segment_end", "end")
 def almost_honest(transfers: Sequence[Sequence[bytes]], maker: Maker) -> list[bytes]:
     """One of the transfers under an id of its own, with one to three slips in one to three frames."""
     rng = maker.rng
-    frames = [pb.Frame.FromString(frame) for frame in rng.choice(transfers)]
+    frames = _chunked([pb.Frame.FromString(frame) for frame in rng.choice(transfers)], rng)
     others = rng.choice(transfers)
     for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
         _slip(frames, others, maker)
@@ -25,6 +26,20 @@ def almost_honest(transfers: Sequence[Sequence[bytes]], maker: Maker) -> list[by
     if frames and renamed and frames[0].WhichOneof("body") == "manifest":
         frames[0].manifest.transfer_id = rng.randbytes(16)
     return sealed(frames, rng)
+
+
+def _chunked(frames: Sequence[pb.Frame], rng: random.Random) -> list[pb.Frame]:
+    """The same transfer, its bytes cut into other chunks: one to eight for each that there was."""
+    made: list[pb.Frame] = []
+    for frame in frames:
+        if frame.WhichOneof("body") != "chunk":
+            made.append(frame)
+            continue
+        data, at = frame.chunk.data, frame.chunk.offset
+        cuts = sorted({0, len(data), *(rng.randint(0, len(data)) for _ in range(rng.choice((0, 1, 3, 7))))})
+        for begin, end in itertools.pairwise(cuts):
+            made.append(pb.Frame(chunk=pb.Chunk(offset=at + begin, data=data[begin:end])))
+    return made
 
 
 def _slip(frames: list[pb.Frame], others: Sequence[bytes], maker: Maker) -> None:
@@ -67,7 +82,7 @@ def _changed(frame: pb.Frame, maker: Maker) -> pb.Frame:
 
 def sealed(frames: Sequence[pb.Frame], rng: random.Random) -> list[bytes]:
     """The frames as bytes; mostly with sequence numbers, checksums and digests that are right."""
-    numbers, sums, digests = (rng.random() < 0.9 for _ in range(3))
+    numbers, sums, digests = (rng.random() < 0.95 for _ in range(3))
     digest, made = blake3(), []
     for number, frame in enumerate(frames):
         one = pb.Frame()
