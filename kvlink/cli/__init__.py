@@ -88,6 +88,9 @@ def root(
 def main() -> None:
     """Run the command; errors of the package become a line on standard error and an exit code."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it notes on standard error we say ourselves
+    # Every thread keeps the kernels of so many shapes, and each length of a text is a shape: of torch's 1024
+    # an agent has a gigabyte after some thousand calls. Generating needs fewer than ten.
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
     try:
         ended = app(standalone_mode=False)
     except errors.KvlinkError as error:
