@@ -103,4 +103,4 @@ def from_rpc_error(error: grpc.RpcError, peer: str) -> KvlinkError:
     if found is not None:
         return found
     code, text = error.code(), error.details() or "no details"
-    return _FALLBACK.get(code, errors.KvlinkError)(f"{peer}: {code.name.lower()}: {text}")
+    return _FALLBACK.get(code, errors.RemoteProtocolError)(f"{peer}: {code.name.lower()}: {text}")

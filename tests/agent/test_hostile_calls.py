@@ -5,11 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
-from kvlink.v1 import receiver_pb2, sender_pb2
+from kvlink.transport import convert
+from kvlink.transport.status import CODES
+from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
+from tests.agent.conftest import QUESTION, TEXT
+from tests.agent.lying import serve
 
 SERVICES = {
     "receiver": receiver_pb2.DESCRIPTOR.services_by_name["ReceiverService"],
@@ -38,3 +46,32 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument(pair, kind, met
     status, details = await end_of(pair, kind, method, b"\x0a\xff\xff\xff\xff\x0fno message")
     assert status == "INVALID_ARGUMENT", details
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("method", ["GetCapabilities", "PushCache"])
+async def test_a_receiver_that_fails_is_no_fault_of_the_sender(pair, method):
+    """Whatever a receiver's call ends as, the delivery to it does not end as INTERNAL or UNKNOWN."""
+    there = common_pb2.GetCapabilitiesResponse(
+        capabilities=convert.capabilities_to_proto(pair.receiver.capabilities())
+    ).SerializeToString()
+    endings = [(code, "") for code in list(grpc.StatusCode)[1:]]
+    endings += [(grpc.StatusCode.INTERNAL, cls.__name__) for cls in CODES]
+
+    async def answers(name: str, context: Any) -> AsyncIterator[bytes]:
+        if name == "GetCapabilities" != method:
+            yield there
+            return
+        proto = status_pb2.Status(code=code.value[0], message="it failed")
+        proto.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain="kvlink"))
+        await context.abort_with_status(rpc_status.to_status(proto))
+        yield b""
+
+    server, port = await serve(answers)
+    ends = {}
+    for code, reason in endings:
+        request = sender_pb2.DeliverCacheRequest(
+            text=TEXT, question=QUESTION, recipe="int8", receiver=f"127.0.0.1:{port}"
+        )
+        ends[code.name, reason] = await end_of(pair, "sender", "DeliverCache", request.SerializeToString())
+    await server.stop(0)
+    assert {how: end for how, end in ends.items() if end[0] in ("INTERNAL", "UNKNOWN", "OK")} == {}

@@ -26,6 +26,8 @@ LEAST = "dora"
 """A peer that may look, and nothing else."""
 HONEST = "ella"
 """Makes no mistakes, and has to be answered all the time."""
+LIAR = "liar"
+"""A receiver that the sender may dial, and that answers anything."""
 NOBODY = "127.0.0.1:9"
 """A receiver that the sender may dial, where nobody listens."""
 STOP_S = 60.0
@@ -85,6 +87,7 @@ class Network:
 
     folder: Path
     agents: dict[str, Agent]
+    liar_at: str
 
     def credentials(self, name: str) -> Credentials:
         return Credentials(self.folder / name)
@@ -117,7 +120,8 @@ def start(folder: Path) -> Network:
     addresses = {kind: free_address() for kind in KINDS}
     at = folder / "network"
     members = [Member(kind, kind, address) for kind, address in addresses.items()]  # type: ignore[arg-type]
-    members.append(Member("nobody", "receiver", NOBODY))
+    liar_at = free_address()
+    members += [Member("nobody", "receiver", NOBODY), Member(LIAR, "receiver", liar_at)]
     certs.begin(at, [*members, *(Member(name, "client") for name in (*ALL, LEAST, HONEST))])
     every = sorted({right for rights in RIGHTS.values() for right in rights})
     for kind in KINDS:
@@ -133,7 +137,7 @@ def start(folder: Path) -> Network:
             one.process.kill()
             one.process.wait()
         raise
-    return Network(at, agents)
+    return Network(at, agents, liar_at)
 
 
 def _let(folder: Path, name: str, rights: list[str]) -> None:

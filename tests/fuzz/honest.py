@@ -13,6 +13,7 @@ from typing import Any
 from kvlink.errors import BusyError, KvlinkError
 from kvlink.eval.questions import Item, generated
 from kvlink.model.loading import embedded_folder
+from kvlink.transport import convert
 from kvlink.transport.api import Ask, Delivery, Fetch
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
@@ -57,6 +58,8 @@ class Honest:
         self.report = Report()
         self.transfers: list[list[bytes]] = []
         """Frames of one transfer of each recipe."""
+        self.capabilities = common_pb2.GetCapabilitiesResponse()
+        """The receiver's."""
 
     async def learn(self, seen: Seen) -> None:
         """Ask everything once while nobody disturbs; raises where an answer is not there."""
@@ -71,6 +74,8 @@ class Honest:
             for recipe in RECIPES:
                 fetch = Fetch(context_id, item.question, recipe)
                 self.transfers.append([frame async for frame in source.fetch(fetch)])
+            there = convert.capabilities_to_proto(await target.capabilities())
+            self.capabilities = common_pb2.GetCapabilitiesResponse(capabilities=there)
         for frames in self.transfers:
             for frame in frames:
                 seen.note(pb.Frame.FromString(frame))
@@ -78,6 +83,7 @@ class Honest:
             seen.add("address", self._network.agents[name].address)
             seen.add("receiver", self._network.agents[name].address)
         seen.add("receiver", NOBODY)
+        seen.add("receiver", self._network.liar_at)
         for recipe in RECIPES:
             seen.add("recipe", recipe)
         for item in self._items:
@@ -194,6 +200,7 @@ class Honest:
                 deliver(text=text, receiver=receiver_at, **asked),
                 deliver(text=text, receiver=receiver_at, answer_here=True, explain=True, **asked),
                 deliver(context_id="x", receiver=receiver_at, delivery_id=b"t" * 16, **asked),
+                deliver(context_id="x", receiver=self._network.liar_at, **asked),
             ],
             "CancelDelivery": [sender_pb2.CancelDeliveryRequest(delivery_id=b"t" * 16)],
         }

@@ -53,7 +53,10 @@ class Liar:
     """A server for both services. `seed`: of what it answers."""
 
     def __init__(
-        self, seed: int, capabilities: common_pb2.GetCapabilitiesResponse, transfers: Sequence[Sequence[bytes]] = ()
+        self,
+        seed: int,
+        capabilities: common_pb2.GetCapabilitiesResponse,
+        transfers: Sequence[Sequence[bytes]] = (),
     ) -> None:
         self._rng = random.Random(seed)
         self._maker = Maker(self._rng, Seen())
@@ -65,7 +68,9 @@ class Liar:
             sender_pb2.DESCRIPTOR.services_by_name["SenderService"],
         ):
             handlers = {method.name: self._handler(method) for method in service.methods}
-            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+            self._server.add_generic_rpc_handlers(
+                (grpc.method_handlers_generic_handler(service.full_name, handlers),)
+            )
 
     async def start(self, address: str = "127.0.0.1:0", credentials: Credentials | None = None) -> int:
         """Listen; the port."""
@@ -105,7 +110,8 @@ class Liar:
             return almost_honest(self._transfers, maker)
         if name in HONEST and rng.random() < 0.7:
             return [
-                (maker.changed(one) if rng.random() < 0.6 else one).SerializeToString() for one in rng.choice(HONEST[name])
+                (maker.changed(one) if rng.random() < 0.6 else one).SerializeToString()
+                for one in rng.choice(HONEST[name])
             ]
         count = rng.randint(0, 4) if method.server_streaming else 1
         return [maker.message(method.output_type).SerializeToString() for _ in range(count)]

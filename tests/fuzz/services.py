@@ -34,6 +34,7 @@ from kvlink.v1 import receiver_pb2, sender_pb2
 from tests.fuzz import agents
 from tests.fuzz.calls import FAULTS, Ended, Plan, Planner, call
 from tests.fuzz.honest import Honest
+from tests.fuzz.liars import Liar
 from tests.fuzz.messages import Seen
 from tests.hostile import obeyed
 
@@ -183,8 +184,12 @@ async def run(kinds: list[str], messages: int, seed: int, folder: Path, keep_in:
     try:
         seen, honest = Seen(), Honest(network, seed)
         await honest.learn(seen)
+        liar = Liar(seed, honest.capabilities, honest.transfers)
+        await liar.start(network.liar_at, network.credentials(agents.LIAR))
         for kind in kinds:
             faults += await _one(network, kind, messages, seed, honest, seen, keeper, found)
+        await liar.stop()
+        found["answered_by_the_liar"] = sum(liar.answered.values())
     finally:
         ends = await asyncio.to_thread(network.stop)
     faults += ends

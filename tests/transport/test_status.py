@@ -46,7 +46,7 @@ def test_every_error_has_a_code_and_comes_back_as_itself(cls):
         (grpc.StatusCode.UNAVAILABLE, errors.PeerUnavailableError),
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineError),
         (grpc.StatusCode.INTERNAL, errors.PeerUnavailableError),
-        (grpc.StatusCode.UNKNOWN, errors.KvlinkError),
+        (grpc.StatusCode.UNKNOWN, errors.RemoteProtocolError),
     ],
 )
 def test_what_grpc_itself_reports_becomes_the_nearest_error(code, cls):
