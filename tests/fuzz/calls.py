@@ -146,8 +146,9 @@ class Planner:
         found = [("authorization", f"Bearer {token if rng.random() > 0.005 else rng.choice(_WORDS)}")]
         if rng.random() < 0.05:
             found += [("kvlink-for", rng.choice(_WORDS)) for _ in range(rng.choice((1, 1, 2, 20)))]
-        if rng.random() < 0.05:
-            found.append(("traceparent", rng.choice(_WORDS)))
+        for name in ("traceparent", "kvlink-asked-by"):
+            if rng.random() < 0.05:
+                found.append((name, rng.choice(_WORDS)))
         return found
 
     def learn(self, plan: Plan, ended: Ended) -> None:
