@@ -13,11 +13,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from typing import Any
 from urllib.parse import unquote
 
-from kvlink.errors import CredentialsError, InputError, KvlinkError
+import grpc
+
+from kvlink.errors import CredentialsError, InputError, KvlinkError, RemoteProtocolError
 from kvlink.transport.api import Caller
 from kvlink.transport.certs import NAME
 from kvlink.transport.credentials import Credentials
-from kvlink.transport.status import to_status
+from kvlink.transport.status import CODES, to_status
 from kvlink.wire import checked
 
 log = logging.getLogger("kvlink.transport")
@@ -93,6 +95,8 @@ async def _refuse(context: Any, error: Exception) -> None:
         error = KvlinkError(f"internal error: {type(error).__name__}; the agent's log has more")
     else:
         log.info("refused: %s: %s", type(error).__name__, error)
+        if error.reported and CODES[type(error)] is grpc.StatusCode.INTERNAL:
+            error = RemoteProtocolError(error)  # another agent's fault, which is not this one's
     await context.abort_with_status(to_status(error))
 
 

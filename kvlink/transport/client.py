@@ -52,7 +52,8 @@ class ReceiverClient(Client):
 
         Waits for `accepted` before the second frame and continues where the receiver says. `readers`:
         peers that may use the cache beside this one; `asked_by`: one that may remove it too. `fresh`:
-        nothing of this transfer was ever sent, so that nobody can have it. Raises RemoteProtocolError where the receiver says what cannot be.
+        nothing of this transfer was ever sent, so that nobody can have it. Raises RemoteProtocolError where
+        the receiver says what cannot be.
         """
         call = self._method("PushCache")(
             timeout=timeout_s or self.timeout_s, metadata=self._shown(readers, asked_by)
