@@ -12,20 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kvlink.eval.rows import Outcome, Row, summarise
-from kvlink.eval.run import Record
+from kvlink.errors import ContextError
+from kvlink.eval.record import Record
+from kvlink.eval.rows import Row, summarise
 from kvlink.eval.tables import Case
 
 
 def rows_of(record: Record, tables: Mapping[str, Sequence[Case]]) -> list[Row]:
     """The rows of all tables, in order. Cases that no item had a question for have no row."""
-    lines = record.measured()
     sums: dict[str, Row | None] = {}
     rows: list[Row] = []
     for table, cases in tables.items():
         for case in cases:
             if case.key not in sums:
-                sums[case.key] = _sum_up(record, lines, case)
+                sums[case.key] = _sum_up(record, case)
             row = sums[case.key]
             if row is not None:
                 row = replace(row, table=table)
@@ -33,8 +33,8 @@ def rows_of(record: Record, tables: Mapping[str, Sequence[Case]]) -> list[Row]:
     return rows
 
 
-def _sum_up(record: Record, lines: Sequence[Mapping[str, Any]], case: Case) -> Row | None:
-    found = [Outcome(**line["outcomes"][case.key]) for line in lines if case.key in line["outcomes"]]
+def _sum_up(record: Record, case: Case) -> Row | None:
+    found = record.outcomes(case.key)
     if not found:
         return None
     header = record.header
@@ -53,7 +53,9 @@ def _by_layer(row: Row) -> list[Row]:
     """The spectrum's figures by layer and side, a row each: share of energy in the top 5 %."""
     out = []
     for name, share in row.more.items():
-        side, layer = name.split("/")
+        side, _, layer = name.partition("/")
+        if not layer.isascii() or not layer.isdecimal():
+            raise ContextError(f"the spectrum's figures are called SIDE/LAYER, found {name!r}")
         out.append(
             Row(
                 table=row.table, model=row.model, data=row.data, mode="spectrum", recipe=row.recipe,

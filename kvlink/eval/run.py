@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from blake3 import blake3
 
 from kvlink._release import RELEASE
 from kvlink.errors import ConfigError, ContextError, KvlinkError
+from kvlink.eval import record as records
 from kvlink.eval.biased import biased
 from kvlink.eval.items import Item
 from kvlink.eval.measure import Bench
 from kvlink.eval.questions import distractors, padded
+from kvlink.eval.record import Record
 from kvlink.eval.tables import Case
-from kvlink.files import OutputFolder
 from kvlink.model.loading import LanguageModel, load
 from kvlink.model.template import plain_template
 
@@ -60,22 +61,6 @@ class Settings:
             raise ConfigError(f"prompt must be auto or plain, got {self.prompt!r}")
         if self.workers < 0 or self.pad_to < 0:
             raise ConfigError("workers and pad-to must not be negative")
-
-
-@dataclass(slots=True)
-class Record:
-    """What a run found. `lines`: by item, in the items' order. `skipped`: why, by item."""
-
-    header: dict[str, Any]
-    lines: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def skipped(self) -> dict[int, str]:
-        return {item: line["skipped"] for item, line in sorted(self.lines.items()) if "skipped" in line}
-
-    def measured(self) -> list[dict[str, Any]]:
-        """The lines of the questions that were measured, in the items' order."""
-        return [line for _, line in sorted(self.lines.items()) if "skipped" not in line]
 
 
 def open_model(settings: Settings) -> LanguageModel:
@@ -111,53 +96,16 @@ def run(
     workers = settings.workers or (1 if settings.device != "cpu" else os.cpu_count() or 1)
     del lm
     others = distractors(settings.data, settings.seed) if settings.pad_to else []
-    _begin(file, [{"header": header}, *record.lines.values()])
+    records.begin(file, record)
     jobs = [(settings, index, items[index], others, cases) for index in open_items]
     for line in _results(settings, jobs, min(workers, max(1, len(jobs)))):
         record.lines[line["item"]] = line
-        _append(file, line)
+        records.add(file, line)
         on_item()
-    _append(file, {"finished": len(record.lines)})
+    records.add(file, {"finished": len(record.lines)})
     if not record.measured():
         raise ContextError(f"no question could be measured: {next(iter(record.skipped.values()))}")
     return record
-
-
-def _begin(file: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Write what is known anew, so that half a line at the end of a broken run is gone; all or nothing."""
-    OutputFolder(file.parent).file(file.name).write(
-        "".join(json.dumps(line) + "\n" for line in lines).encode()
-    )
-
-
-def _append(file: Path, line: dict[str, Any]) -> None:
-    """Add a line to a record. What is there of it where the disk is full is dropped by the next run."""
-    try:
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {file}: {error.strerror}; the same command goes on from there"
-        ) from error
-
-
-def read_record(file: Path) -> Record:
-    """The record that a run wrote, finished or not. Raises ContextError where it is none."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ContextError(f"cannot read the record {file}: {error}") from error
-    parsed = []
-    for number, text in enumerate(lines, 1):
-        try:
-            parsed.append(json.loads(text))
-        except ValueError as error:
-            if number < len(lines):
-                raise ContextError(f"{file}, line {number}: not JSON: {error}") from error
-            # The last line of a run that was killed while it wrote.
-    if not parsed or not isinstance(parsed[0], dict) or "header" not in parsed[0]:
-        raise ContextError(f"{file} is not the record of a run: no header in its first line")
-    return Record(parsed[0]["header"], {line["item"]: line for line in parsed[1:] if "item" in line})
 
 
 def _header(
@@ -182,7 +130,7 @@ def _continue(file: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Lines of an unfinished run of the same header; nothing of a finished one, which runs again."""
     if not file.exists():
         return {}
-    found = read_record(file)
+    found = records.read(file)
     if found.header != header:
         differing = [name for name in header if found.header.get(name) != header[name]]
         raise ConfigError(

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from kvlink.errors import ConfigError
+from kvlink.errors import ConfigError, ContextError
 from kvlink.eval import overhead
+from kvlink.eval import record as records
 from kvlink.eval.items import Item
 from kvlink.eval.questions import load_items
+from kvlink.eval.record import Record
 from kvlink.eval.results import rows_of, to_csv, to_json, to_jsonl
 from kvlink.eval.rows import Row
-from kvlink.eval.run import Record, Settings, open_model, read_record, run
+from kvlink.eval.run import Settings, open_model, run
 from kvlink.eval.tables import Case, plan
 from kvlink.files import OutputFolder
 from kvlink.recipe import PRESS
@@ -95,7 +97,7 @@ def from_records(study: Study, files: Sequence[Path]) -> Report:
     """The tables of records that were written before, without measuring anything."""
     report, tables = Report(study.table), study.tables()
     for file in files:
-        record = read_record(file)
+        record = records.read(file)
         wanted = _cases(tables, record.header["variant"])
         missing = {case.key for case in wanted} - set(record.header["cases"])
         if missing:
@@ -150,8 +152,10 @@ def _cases(tables: dict[str, list[Case]], variant: str) -> list[Case]:
 
 def _add(report: Report, record: Record, tables: dict[str, list[Case]]) -> None:
     rows = rows_of(record, tables)
-    lines = record.measured()
-    header = record.header
+    lines, header = record.measured(), record.header
+    if not lines:
+        why = next(iter(record.skipped.values()), "it is empty")
+        raise ContextError(f"{header['model']}, {header['data']}: no question was measured: {why}")
     report.rows += rows
     report.runs.append(
         {

@@ -16,8 +16,9 @@ import pytest
 
 from kvlink.errors import ConfigError, ContextError, ModelError
 from kvlink.eval.questions import Item, generated
+from kvlink.eval.record import read as read_record
 from kvlink.eval.results import rows_of
-from kvlink.eval.run import Settings, open_model, read_record, run
+from kvlink.eval.run import Settings, open_model, run
 from kvlink.eval.tables import Case
 
 CASES = [Case("raw"), Case("int4"), Case("q2c@0.5 raw", "paraphrase")]
@@ -144,12 +145,57 @@ def test_settings_out_of_range_are_refused(change):
         settings(**change)
 
 
-@pytest.mark.parametrize("content", ["", "{}\n", "not json\n{}\n", '[1]\n{"item": 0}\n'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}\n",
+        "not json\n{}\n",
+        '[1]\n{"item": 0}\n',
+        '{"header": 7}\n',
+        '{"header": {}}\n',
+        "[" * 99_999 + "\n{}\n",
+    ],
+)
 def test_what_is_no_record_is_refused(tmp_path, content):
     file = tmp_path / "run.jsonl"
     file.write_text(content)
     with pytest.raises(ContextError, match="run.jsonl"):
         read_record(file)
+
+
+ODD_LINES = [
+    7, [], {}, {"item": "0", "skipped": "x"}, {"item": 0}, {"item": 0, "skipped": 7},
+    {"context_tokens": "x"}, {"outcomes": 7}, {"outcomes": {"a": 7}}, {"outcomes": {"a": {}}},
+]  # fmt: skip
+ODD_OUTCOMES = [
+    {"f1": "x"}, {"f1": None}, {"answer": 7}, {"wire_bytes": 1.5}, {"kl": "x"}, {"more": 7}, {"more": {"a": "x"}},
+    {"context_tokens": 10**400}, {"surprise": 1},
+]  # fmt: skip
+
+
+def test_a_record_that_is_not_quite_one_is_refused_by_its_line(whole, tmp_path):
+    lines = whole.read_text().splitlines()
+    good = json.loads(lines[1])
+    odd = [
+        {**good, **line} if line and "item" not in line else line
+        for line in ODD_LINES
+        if isinstance(line, dict)
+    ]
+    odd += [line for line in ODD_LINES if not isinstance(line, dict)]
+    case = next(iter(good["outcomes"]))
+    odd += [{**good, "outcomes": {case: {**good["outcomes"][case], **change}}} for change in ODD_OUTCOMES]
+    for line in odd:
+        file = tmp_path / "odd.record.jsonl"
+        file.write_text("\n".join([lines[0], json.dumps(line), *lines[2:]]))
+        with pytest.raises(ContextError, match=r"odd.record.jsonl, line 2: "):
+            read_record(file)
+    for name in ("model", "cases", "items", "variant"):
+        header = json.loads(lines[0])
+        del header["header"][name]
+        file.write_text("\n".join([json.dumps(header), *lines[1:]]))
+        with pytest.raises(ContextError, match=f"its header has no {name}"):
+            read_record(file)
 
 
 def eval_command(folder: Path) -> list[str]:
