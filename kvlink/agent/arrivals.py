@@ -121,7 +121,7 @@ class Arrivals:
 
     async def admit(self, frame: bytes, me: object, caller: Caller) -> Incoming:
         """Open a transfer, or find the one that this manifest resumes, in memory or on disk."""
-        intake = self._intake(frame)
+        intake = await to_thread(self._intake, frame)
         key = intake.manifest.transfer_id if intake.manifest else b""
         ended = self._ended.get(key)
         if ended is not None and ended[0] != "complete":

@@ -27,7 +27,7 @@ from kvlink.model.generate import Answer, Step, answer, generate
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
 from kvlink.model.prefill import prefill
 from kvlink.model.restore import cache_shape, join
-from kvlink.payload import CacheShape, EncodedSegment, Part
+from kvlink.payload import CacheShape, EncodedSegment, Part, Prompt
 from kvlink.profile import Profile
 from kvlink.receipt import Receipt
 from kvlink.recipe import Recipe
@@ -111,12 +111,7 @@ class Intake:
         """Identity before bytes: refuse another model, tokenizer or prompt, and say which."""
         lm = self._lm
         lm.fingerprint.require_match(manifest.fingerprint, manifest.mode)
-        own = lm.template.prompt()
-        if manifest.prompt.template_id != own.template_id or manifest.prompt.after != own.after:
-            raise IdentityError(
-                f"prompt template: here {own.template_id}, at the peer {manifest.prompt.template_id}; "
-                "or other bytes after the context"
-            )
+        self._check_prompt(manifest.prompt)
         shape = manifest.shape
         if shape.tokens >= lm.window:
             raise IdentityError(f"the context has {shape.tokens} tokens, the model's window {lm.window}")
@@ -133,6 +128,27 @@ class Intake:
             self._profile = self._find_profile(manifest.recipe)
         # Coded bytes and the rebuilt cache exist together for a moment.
         self.needed_bytes = 2 * own_shape.cache_bytes
+
+    def _check_prompt(self, there: Prompt) -> None:
+        """Refuse what this model's own template does not write around a context after these earlier turns."""
+        lm = self._lm
+        said = sum(len(turn.content.encode()) for turn in there.turns)
+        if said > lm.text_bytes:
+            raise LimitError(
+                f"earlier turns of {said:,} bytes; the model's window {lm.window} holds at most {lm.text_bytes:,}"
+            )
+        if there.template_id != lm.template.template_id:
+            raise IdentityError(
+                f"prompt template: here {lm.template.template_id}, at the peer {there.template_id}"
+            )
+        here = lm.template.prompt(there.turns)
+        for name in ("before", "after"):
+            mine, theirs = getattr(here, name), getattr(there, name)
+            if mine != theirs:
+                raise IdentityError(
+                    f"prompt: {name} the context, with {len(there.turns)} earlier turns, the template writes "
+                    f"{len(mine)} bytes here, {mine[:60]!r}, and {len(theirs)} at the peer, {theirs[:60]!r}"
+                )
 
     def _restore(self) -> Held:
         manifest, body = self.session.manifest, self._body

@@ -25,7 +25,7 @@ from kvlink.transport.channel import QUICK_S, Client, error_of
 from kvlink.transport.channel import grpc_bytes as grpc_bytes
 from kvlink.transport.expected import Answered, Delivering, Pushing
 from kvlink.transport.status import from_rpc_error
-from kvlink.v1 import receiver_pb2, sender_pb2
+from kvlink.v1 import receiver_pb2, sender_pb2, wire_pb2
 from kvlink.wire.messages import TRANSFER_ID_BYTES
 
 
@@ -179,7 +179,7 @@ class SenderClient(Client):
             text=text,
             lifetime_s=lifetime_s,
             earlier_turns=[
-                convert.request(sender_pb2.Turn, role=role, content=content) for role, content in turns
+                convert.request(wire_pb2.Turn, role=role, content=content) for role, content in turns
             ],
             readers=readers,
         )

@@ -8,14 +8,6 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class Turn(_message.Message):
-    __slots__ = ("role", "content")
-    ROLE_FIELD_NUMBER: _ClassVar[int]
-    CONTENT_FIELD_NUMBER: _ClassVar[int]
-    role: str
-    content: str
-    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
-
 class PublishContextRequest(_message.Message):
     __slots__ = ("text", "lifetime_s", "earlier_turns", "readers")
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -24,9 +16,9 @@ class PublishContextRequest(_message.Message):
     READERS_FIELD_NUMBER: _ClassVar[int]
     text: str
     lifetime_s: int
-    earlier_turns: _containers.RepeatedCompositeFieldContainer[Turn]
+    earlier_turns: _containers.RepeatedCompositeFieldContainer[_wire_pb2.Turn]
     readers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, text: _Optional[str] = ..., lifetime_s: _Optional[int] = ..., earlier_turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., readers: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, text: _Optional[str] = ..., lifetime_s: _Optional[int] = ..., earlier_turns: _Optional[_Iterable[_Union[_wire_pb2.Turn, _Mapping]]] = ..., readers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PublishContextResponse(_message.Message):
     __slots__ = ("context_id", "context_tokens", "cache_bytes", "prefill_s", "lifetime_s")

@@ -308,15 +308,25 @@ class Recipe(_message.Message):
     coder: Coder
     def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., codec: _Optional[_Union[Codec, _Mapping]] = ..., coder: _Optional[_Union[Coder, str]] = ...) -> None: ...
 
+class Turn(_message.Message):
+    __slots__ = ("role", "content")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    content: str
+    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+
 class Prompt(_message.Message):
-    __slots__ = ("template_id", "before", "after")
+    __slots__ = ("template_id", "before", "after", "turns")
     TEMPLATE_ID_FIELD_NUMBER: _ClassVar[int]
     BEFORE_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
     template_id: str
     before: bytes
     after: bytes
-    def __init__(self, template_id: _Optional[str] = ..., before: _Optional[bytes] = ..., after: _Optional[bytes] = ...) -> None: ...
+    turns: _containers.RepeatedCompositeFieldContainer[Turn]
+    def __init__(self, template_id: _Optional[str] = ..., before: _Optional[bytes] = ..., after: _Optional[bytes] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("coder", "coded_bytes")

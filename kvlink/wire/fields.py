@@ -218,7 +218,9 @@ FIELDS: dict[str, Rules] = {
         "rest_code": Whole(-40, 40),
     },
     "Recipe": {"mode": Known(), "selection": Inner(), "codec": Inner(), "coder": Known()},
-    "Prompt": {"template_id": _NAME, "before": Bytes(most=FRAME.most), "after": Bytes(most=65_536)},
+    "Prompt": {
+        "template_id": _NAME, "before": Bytes(most=FRAME.most), "after": Bytes(most=65_536), "turns": Many(TURNS.most),
+    },
 }  # fmt: skip
 
 BY_THE_SESSION = ("Frame", "SegmentHeader", "Part", "Chunk", "SegmentEnd", "End")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import cast
 
 from kvlink.errors import IdentityError, KvlinkError, RemoteProtocolError
-from kvlink.payload import CacheShape, Fingerprint, Mode, Prompt
+from kvlink.payload import CacheShape, Fingerprint, Mode, Prompt, Turn
 from kvlink.recipe import Recipe
 from kvlink.sketch import Sketch
 from kvlink.v1 import common_pb2
@@ -116,12 +116,25 @@ def manifest_to_proto(value: Manifest) -> pb.Manifest:
         shape=shape_to_proto(value.shape),
         recipe=recipe_to_proto(value.recipe),
         prompt=pb.Prompt(
-            template_id=value.prompt.template_id, before=value.prompt.before, after=value.prompt.after
+            template_id=value.prompt.template_id,
+            before=value.prompt.before,
+            after=value.prompt.after,
+            turns=[pb.Turn(role=turn.role, content=turn.content) for turn in value.prompt.turns],
         ),
         context_digest=value.context_digest,
         text_bytes=value.text_bytes,
         sketch=sketch_to_proto(value.sketch),
     )
+
+
+def _prompt_from_proto(message: pb.Prompt) -> Prompt:
+    for name in ("before", "after"):
+        try:
+            getattr(message, name).decode()
+        except UnicodeDecodeError as error:
+            raise RemoteProtocolError(f"prompt.{name} is not UTF-8: {error}") from error
+    turns = tuple(Turn(turn.role, turn.content) for turn in message.turns)
+    return Prompt(message.template_id, message.before, message.after, turns)
 
 
 def manifest_from_proto(message: pb.Manifest) -> Manifest:
@@ -131,11 +144,6 @@ def manifest_from_proto(message: pb.Manifest) -> Manifest:
         raise RemoteProtocolError(
             f"protocol version: expected {PROTOCOL_VERSION}, found {message.protocol_version}"
         )
-    for name in ("before", "after"):
-        try:
-            getattr(message.prompt, name).decode()
-        except UnicodeDecodeError as error:
-            raise RemoteProtocolError(f"prompt.{name} is not UTF-8: {error}") from error
     try:
         recipe = recipe_from_proto(message.recipe)
     except KvlinkError as error:
@@ -147,7 +155,7 @@ def manifest_from_proto(message: pb.Manifest) -> Manifest:
         fingerprint=fingerprint_from_proto(message.fingerprint),
         shape=shape_from_proto(message.shape),
         recipe=recipe,
-        prompt=Prompt(message.prompt.template_id, message.prompt.before, message.prompt.after),
+        prompt=_prompt_from_proto(message.prompt),
         context_digest=message.context_digest,
         text_bytes=message.text_bytes,
         sketch=sketch_from_proto(message),

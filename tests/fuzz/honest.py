@@ -173,7 +173,7 @@ class Honest:
         text = item.context[:_SHORT]
         profile = (embedded_folder() / "kvlink.profile").read_bytes()
         deliver, fetch = sender_pb2.DeliverCacheRequest, sender_pb2.FetchCacheRequest
-        turn = sender_pb2.Turn(role="user", content="Who was it?")
+        turn = pb.Turn(role="user", content="Who was it?")
         asked = {"question": item.question, "recipe": "int8"}
         return {
             "GetCapabilities": [common_pb2.GetCapabilitiesRequest()],
