@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kvlink._release import RELEASE as __version__
 from kvlink.errors import KvlinkError
 from kvlink.receipt import Receipt
-from kvlink.recipe import Recipe
+from kvlink.recipe import DEFAULT_RECIPE, Recipe
 
 if TYPE_CHECKING:
     from kvlink.agent.receiver import Held, Receiver
@@ -59,9 +59,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def pack(
-    sender: Sender, context: Context, question: str, recipe: Recipe | str = "q2c+draft@0.25 int4"
-) -> bytes:
+def pack(sender: Sender, context: Context, question: str, recipe: Recipe | str = DEFAULT_RECIPE) -> bytes:
     """The bytes of a `.kvl` file: the context, reduced by `recipe` for `question`.
 
     Raises RecipeError and ContextError.

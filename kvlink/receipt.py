@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from kvlink.codecs import NO_CALIBRATION
 from kvlink.payload import Fingerprint
 from kvlink.sketch import Sketch
 
@@ -27,6 +28,16 @@ STAGES = (
 
 BYTE_KINDS = ("manifest", "map", "scales", "codes", "text", "framing", "grpc")
 """Kinds of bytes. `framing`: headers, chunks, digests. `grpc`: message and HTTP/2 headers."""
+
+UNCALIBRATED = (
+    "the transform codec had no profile of this model: what such a message keeps of the context was not measured; "
+    "check it with --verify, or make a profile with 'kvlink profile build'"
+)
+
+
+def warnings_of(recipe: str) -> tuple[str, ...]:
+    """What is not known of a transfer with this recipe, in words."""
+    return (UNCALIBRATED,) if f"basis={NO_CALIBRATION}" in recipe.split() else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +89,11 @@ class Receipt:
     def bits_per_element(self) -> float:
         """8 · wire bytes ÷ elements of the full context cache. BF16 uncompressed is 16."""
         return 8 * self.wire_bytes / self.element_count if self.element_count else 0.0
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is not known of this transfer, in words."""
+        return warnings_of(self.recipe)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON knows them; `from_dict` takes them back."""

@@ -43,8 +43,10 @@ PRESS = "press:"
 """Prefix in a recipe of a class of the kvpress package that scores, such as `press:KnormPress`."""
 AUTO = "auto"
 """Stands for the recipe that a model bears, by its profile."""
-DEFAULT_RECIPE = "q2c+draft@0.25 transform=0.5 rest=2"
+DEFAULT_RECIPE = AUTO
 """Where nobody names one."""
+PLAIN_RECIPE = "int8"
+"""Serves every model that loads: what `auto` stands for where nobody has measured how much of a step it bears."""
 SINK_COUNT = 4
 RECENT_COUNT = 8
 POOL_WIDTH = 5

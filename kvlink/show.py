@@ -24,6 +24,7 @@ def receipt_dict(receipt: Receipt) -> dict[str, Any]:
         "wire_bytes": receipt.wire_bytes,
         "socket_bytes": receipt.socket_bytes,
         "bits_per_element": receipt.bits_per_element,
+        **({"warnings": list(receipt.warnings)} if receipt.warnings else {}),
         **({"certificate": asdict(receipt.certificate)} if receipt.certificate else {}),
         "stage_s": {name: receipt.stage_s[name] for name in STAGES if name in receipt.stage_s},
         "bytes": {name: receipt.bytes[name] for name in BYTE_KINDS if name in receipt.bytes},

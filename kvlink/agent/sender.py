@@ -21,15 +21,15 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from kvlink.agent.adapt import automatic, transform_of, with_quality
+from kvlink.agent.adapt import Packing, automatic
 from kvlink.agent.uses import require_usable
 from kvlink.cache import Evidence, KVCache
-from kvlink.codecs import AUTO_CALIBRATION, NO_CALIBRATION, STEP_CODES, Transform
+from kvlink.codecs import AUTO_CALIBRATION, NO_CALIBRATION, Transform
 from kvlink.compress.codec import decode, encode
 from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import pack_part
 from kvlink.compress.select import choose_positions, kept_count, needs, score
-from kvlink.errors import CodecError, ContextError, LimitError, ModelError, RecipeError
+from kvlink.errors import CodecError, ContextError, LimitError, ModelError
 from kvlink.model.calibrate import rotation, units
 from kvlink.model.generate import Answer, answer, divergence, logits_along
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
@@ -47,7 +47,6 @@ from kvlink.wire.session import CHUNK_BYTES, SendSession, segment_of
 
 DRAFT_TOKENS = 24
 _FIT_ROUNDS = 6
-_ESCALATIONS = 8
 _COUNTED = ("ratio", "count")
 
 
@@ -144,7 +143,7 @@ class Sender:
         needed, clock = needs(selection.method), _Clock()
         if needed & {"question", "asked_window"} and not question.strip():
             raise ContextError(f"selection {selection.method} needs the question, which is empty")
-        draft = self._draft(context, question) if "draft" in needed else None
+        draft = self.draft(context, question) if "draft" in needed else None
         clock.lap("draft")
         if "question" in needed:
             ids = self.lm.question_ids(question, context.cache.tokens)
@@ -193,50 +192,24 @@ class Sender:
     ) -> Transfer:
         """Reduce the context for `question` and frame it. `recipe`: `auto` too.
 
-        `wish`: a budget overrides the retention, a quality or bits override the step of a transform,
-        and a message that is verified is made finer until the sender reads its own answer from it.
+        `wish`: what the message should be like, see `agent.adapt`.
         `look`: what `look` gave for this question and method, where several recipes share it.
         `transfer_id`: 16 bytes; random where none are given.
-        Raises RecipeError, ContextError, LimitError (the budget is too small for any cache).
+        Raises RecipeError, ContextError, LimitError (nothing meets the wish; it says what the least is).
         """
         wish, name = wish or Wish(), transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES)
-        recipe = self.recipe(recipe) if isinstance(recipe, str) else recipe
-        require_usable(self.lm, recipe)
-        if wish.quality:
-            recipe = with_quality(recipe, self.lm.profile, wish.quality)
-        if wish.budget_bytes:
-            recipe = self._with_budget(context, recipe, wish.budget_bytes)
-            require_usable(self.lm, recipe)
-        if recipe.mode == "text":
-            return self._pack(context, name, recipe, Look())
-        look = look or self.look(context, question, recipe.selection)
-        if wish.max_bits:
-            transfer = self._within_bits(context, name, recipe, look, wish.max_bits)
-        else:
-            transfer = self._pack(context, name, recipe, look)
-        return self._verified(context, question, transfer, look) if wish.verify else transfer
+        recipe = self.recipe(recipe, wish) if isinstance(recipe, str) else recipe
+        return Packing(self, context, question, wish, name, look).run(recipe)
 
-    def recipe(self, text: str) -> Recipe:
+    def recipe(self, text: str, wish: Wish | None = None) -> Recipe:
         """The recipe that a text stands for, `auto` included. Raises RecipeError, where the model cannot
         serve it too."""
-        found = automatic(self.lm.profile) if text == AUTO else Recipe.parse(text)
+        found = automatic(self.lm.profile, wish or Wish()) if text == AUTO else Recipe.parse(text)
         require_usable(self.lm, found)
         return found
 
-    def _with_budget(self, context: Context, recipe: Recipe, budget_bytes: int) -> Recipe:
-        """The recipe with a budget for its retention. With a transform all positions go if they fit."""
-        if isinstance(recipe.codec, Transform) and recipe.selection.method == "all":
-            if self._pack(context, b"", recipe, Look()).receipt.wire_bytes <= budget_bytes:
-                return recipe
-            recipe = replace(recipe, selection=Selection("q2c+draft"))
-        if recipe.mode == "text" or recipe.selection.method == "all":
-            raise RecipeError(
-                f"a budget needs a recipe that selects positions, such as q2c@1.0 int4, got {recipe}"
-            )
-        return recipe.with_amount(Amount(budget_bytes, "bytes"))
-
-    def _pack(self, context: Context, transfer_id: bytes, recipe: Recipe, look: Look) -> Transfer:
-        """One recipe as it is, with what was looked at."""
+    def pack_once(self, context: Context, transfer_id: bytes, recipe: Recipe, look: Look) -> Transfer:
+        """One recipe as it is, with what was looked at. Raises LimitError where its budget is too small."""
         recipe = self._resolved(recipe)
         clock = _Clock(look.stage_s, transfer_id)
         if recipe.mode == "text":
@@ -248,28 +221,6 @@ class Sender:
         segment = self._encode(context, recipe, look.evidence, self._codec_context(recipe, context), clock)
         return self._frame(context, recipe, segment, clock, look.draft)
 
-    def _within_bits(
-        self, context: Context, transfer_id: bytes, recipe: Recipe, look: Look, max_bits: float
-    ) -> Transfer:
-        """The finest step of all whose transfer has at most `max_bits` an element."""
-        codec = transform_of(recipe, "a number of bits")
-        best, codes = None, range(STEP_CODES[0], STEP_CODES[1] + 1)
-        low, high = 0, len(codes) - 1
-        while low <= high:
-            middle = (low + high) // 2
-            found = self._pack(
-                context, transfer_id, replace(recipe, codec=replace(codec, step_code=codes[middle])), look
-            )
-            if found.receipt.bits_per_element <= max_bits:
-                best, high = found, middle - 1
-            else:
-                low = middle + 1
-        if best is None:
-            raise LimitError(
-                f"no step brings this context down to {max_bits:g} bits an element; select positions too"
-            )
-        return best
-
     def certify(
         self, context: Context, question: str, transfer: Transfer, escalations: int = 0
     ) -> Certificate:
@@ -278,7 +229,7 @@ class Sender:
         Raises ContextError where the question is empty.
         """
         began = time.perf_counter()
-        draft = transfer.draft or self._draft(context, question)
+        draft = transfer.draft or self.draft(context, question)
         manifest = transfer.manifest
         segment = segment_of(transfer.frames)
         cache = decode(
@@ -295,23 +246,7 @@ class Sender:
             seconds=time.perf_counter() - began,
         )
 
-    def _verified(self, context: Context, question: str, transfer: Transfer, look: Look) -> Transfer:
-        """The transfer with its certificate; a finer one where it does not pass."""
-        began = time.perf_counter()
-        draft = look.draft or self._draft(context, question)
-        for escalations in range(_ESCALATIONS + 1):
-            transfer = replace(transfer, draft=draft)
-            found = self.certify(context, question, transfer, escalations)
-            next_recipe = transfer.manifest.recipe.finer()
-            if found.passed or next_recipe is None or escalations == _ESCALATIONS:
-                break
-            # A finer recipe looks at the same evidence, or at none.
-            transfer = self._pack(context, transfer.manifest.transfer_id, next_recipe, look)
-        told = replace(found, seconds=time.perf_counter() - began)
-        receipt = replace(transfer.receipt.with_stages(verify=told.seconds), certificate=told)
-        return replace(transfer, receipt=receipt)
-
-    def _draft(self, context: Context, question: str) -> Answer:
+    def draft(self, context: Context, question: str) -> Answer:
         """The sender's own answer, briefly."""
         return answer(self.lm, context.cache, question, max_new_tokens=DRAFT_TOKENS)
 

@@ -122,7 +122,7 @@ class SenderService:
         key = fetch.transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES)
         if fetch.next_sequence and await to_thread(self.outbox.peek, key, caller.name) is None:
             raise NotFoundError("the transfer is not here any more; fetch again from frame 0")
-        chosen = self._recipe(fetch.recipe)
+        chosen = self._recipe(fetch.recipe, fetch.wish)
         with self.store.lease(fetch.context_id, caller.name) as context:
 
             async def pack() -> Transfer:
@@ -140,7 +140,7 @@ class SenderService:
     ) -> AsyncGenerator[Progress, None]:
         """Pack, dial the receiver, compare identities, push; then say what it cost."""
         delivery = replace(delivery, receiver=self._allow(delivery.receiver))
-        recipe = self._recipe(delivery.recipe)
+        recipe = self._recipe(delivery.recipe, delivery.wish)
         if delivery.explain and delivery.context_id:
             raise AccessError(
                 "only who sends the text is told what was chosen of it; a handle does not show it"
@@ -290,6 +290,8 @@ class SenderService:
             self.observer.span("pack", caller.trace, transfer=key.hex()) as span,
         ):
             found = await to_thread(self._sender.pack, context, question, recipe, wish, None, key)
+            for line in found.receipt.warnings:
+                log.warning("%s", line, extra={"transfer": found.receipt.transfer_id})
             span.attributes |= {"recipe": found.receipt.recipe, "wire_bytes": found.receipt.wire_bytes}
             return found
 
@@ -335,9 +337,9 @@ class SenderService:
         self._prefill_tokens_per_s = context.cache.tokens / max(context.prefill_s, 1e-9)
         return context
 
-    def _recipe(self, text: str) -> Recipe:
+    def _recipe(self, text: str, wish: Wish) -> Recipe:
         """The caller's recipe or the default one. Raises RecipeError, AccessError."""
-        recipe = self._sender.recipe(text or self.settings.default_recipe)
+        recipe = self._sender.recipe(text or self.settings.default_recipe, wish)
         if recipe.selection.press and not self.settings.presses:
             raise AccessError(f"{recipe.selection.name}: this sender imports no kvpress for its callers")
         return recipe

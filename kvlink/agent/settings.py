@@ -56,14 +56,18 @@ class ReceiverSettings:
     max_text_bytes: int = setting(
         _LIMITS.max_text_bytes, "Bytes of a text that comes in place of a cache.", least=1
     )
-    cache_lifetime_s: float = setting(_LIFETIME_S, "Seconds that a cache is held.")
+    cache_lifetime_s: float = setting(_LIFETIME_S, "Seconds that a cache is held.", least=0.1)
     unused_s: float = setting(30.0, "Seconds in which a cache that nobody has asked yet is not made room of.")
     resume_lifetime_s: float = setting(_RESUME_S, "Seconds to resume a broken transfer in.")
-    transfer_deadline_s: float = setting(900.0, "Seconds from a transfer's first frame to its end.")
-    start_s: float = setting(
-        5.0, "Seconds after which a transfer that brings nothing after its manifest loses its place."
+    transfer_deadline_s: float = setting(
+        900.0, "Seconds from a transfer's first frame to its end.", least=0.1
     )
-    idle_s: float = setting(300.0, "Seconds after which a stream that brings no frame is ended.")
+    start_s: float = setting(
+        5.0,
+        "Seconds after which a transfer that brings nothing after its manifest loses its place.",
+        least=0.1,
+    )
+    idle_s: float = setting(300.0, "Seconds after which a stream that brings no frame is ended.", least=0.1)
     durable_bytes: int = setting(
         1_000_000, "Bytes after which frames are made durable, and the sender is told so.", least=1,
         option="durable-every",
@@ -94,7 +98,7 @@ class SenderSettings:
 
     max_held_bytes: int = setting(_MEMORY_BYTES, "Memory for published contexts.", least=1)
     max_peer_bytes: int = setting(0, "Of it for one peer; 0: half.", option="max-peer-held")
-    context_lifetime_s: float = setting(_LIFETIME_S, "Seconds that a context is held.")
+    context_lifetime_s: float = setting(_LIFETIME_S, "Seconds that a context is held.", least=0.1)
     resume_lifetime_s: float = setting(_RESUME_S, "Seconds to resume a broken delivery in.")
     max_text_bytes: int = setting(16_000_000, "Bytes of a text to read.", least=1)
     max_reads: int = setting(8, "Contexts read or packed at a time.", least=1)

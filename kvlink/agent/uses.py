@@ -10,10 +10,7 @@ from kvlink.compress.select import needs
 from kvlink.errors import RecipeError
 from kvlink.model.language import LanguageModel
 from kvlink.model.traits import Use
-from kvlink.recipe import Recipe
-
-SAFE = "int8"
-"""A recipe that serves every model that loads."""
+from kvlink.recipe import PLAIN_RECIPE, Recipe
 
 
 def uses(recipe: Recipe) -> list[Use]:
@@ -40,4 +37,4 @@ def require_usable(lm: LanguageModel, recipe: Recipe) -> None:
     """Raise RecipeError where the model cannot serve the recipe, with the model's trait and a recipe that works."""
     for use in uses(recipe):
         if why := lm.traits.refused.get(use):
-            raise RecipeError(f"{recipe} cannot be used with {lm.name}: {why}; use {SAFE}")
+            raise RecipeError(f"{recipe} cannot be used with {lm.name}: {why}; use {PLAIN_RECIPE}")

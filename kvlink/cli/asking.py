@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from kvlink import errors
-from kvlink.cli.common import credentials, read_context, run
+from kvlink.cli.common import credentials, read_context, run, warn
 from kvlink.cli.kinds import RecipeText, Text
 from kvlink.cli.options import (
     Bits,
@@ -81,9 +81,9 @@ def ask(
     context: Ctx = "",
     handle: Annotated[str, option("handle", Text(), "A published context instead of --context.")] = "",
     recipe: Recipe = "",
-    budget: Budget = 0,
-    bits: Bits = 0.0,
-    quality: Quality = 0.0,
+    budget: Budget = None,
+    bits: Bits = None,
+    quality: Quality = None,
     verify: Verify = False,
     sender_at: SenderAt = SENDER,
     receiver_at: ReceiverAt = RECEIVER,
@@ -112,7 +112,7 @@ def ask(
         recipe=recipe,
         context_id=at.context_id,
         text=read_context(context) if context else "",
-        wish=Wish(budget, bits, quality, verify),
+        wish=Wish(budget or 0, bits or 0.0, quality or 0.0, verify),
         answer_here=True,
         explain=report is not None,
     )
@@ -175,6 +175,7 @@ async def _ask(
             "reads_tokens_per_s": reader.prefill_tokens_per_s,
         }  # fmt: skip
         write_story(report, story)
+    warn(receipt.recipe)
     if as_json:
         told = {
             "mode": "kv" if receipt.kept_tokens else "text",

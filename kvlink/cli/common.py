@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from kvlink import errors
 from kvlink.bounds import TEXT
+from kvlink.receipt import warnings_of
+from kvlink.terminal import note
 from kvlink.texts import read_text
 
 T = TypeVar("T")
@@ -27,6 +29,12 @@ def read_context(path: str) -> str:
     if not text.strip():
         raise errors.ContextError(f"the context {path} is empty: nothing to read")
     return text
+
+
+def warn(recipe: str) -> None:
+    """Say on standard error what is not known of a transfer with this recipe."""
+    for line in warnings_of(recipe):
+        note(f"kvlink: warning: {line}")
 
 
 def quiet() -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvlink.cli.common import credentials, open_file, quiet, read_context, run
+from kvlink.cli.common import credentials, open_file, quiet, read_context, run, warn
 from kvlink.cli.kinds import File, Text
 from kvlink.cli.options import (
     Asked,
@@ -37,7 +37,8 @@ from kvlink.cli.options import (
 from kvlink.defaults import ATTENTION, DEVICE, DTYPE, MODEL, NEW_TOKENS, SENDER
 from kvlink.files import Output
 from kvlink.quoting import shown
-from kvlink.recipe import Wish
+from kvlink.receipt import warnings_of
+from kvlink.recipe import DEFAULT_RECIPE, Wish
 from kvlink.terminal import note, say, say_json, say_text
 
 KvlFile = Annotated[Path, typer.Argument(parser=File(), metavar="FILE", help="A .kvl file.")]
@@ -102,9 +103,9 @@ def fetch(
     out: Out,
     question: Asked = "",
     recipe: Recipe = "",
-    budget: Budget = 0,
-    bits: Bits = 0.0,
-    quality: Quality = 0.0,
+    budget: Budget = None,
+    bits: Bits = None,
+    quality: Quality = None,
     verify: Verify = False,
     creds: Creds = None,
     insecure: Insecure = False,
@@ -115,10 +116,11 @@ def fetch(
     from kvlink.transport.client import SenderClient
     from kvlink.transport.handle import Handle
     from kvlink.wire.file import write_frames
+    from kvlink.wire.inspect import recipe_of
 
     target = Output(out)
     at, proof = Handle.parse(handle), credentials(creds, insecure)
-    wanted = Fetch(at.context_id, question, recipe, Wish(budget, bits, quality, verify))
+    wanted = Fetch(at.context_id, question, recipe, Wish(budget or 0, bits or 0.0, quality or 0.0, verify))
 
     async def work() -> list[bytes]:
         async with SenderClient(at.address, proof, insecure=insecure) as source:
@@ -127,17 +129,20 @@ def fetch(
     frames = run(work())
     with target.open() as sink:
         count = write_frames(frames, sink)
-    _wrote(target, count, as_json, {"frames": len(frames)})
+    told = recipe_of(frames[0])
+    warn(told)
+    warnings = {"warnings": found} if (found := list(warnings_of(told))) else {}
+    _wrote(target, count, as_json, {"frames": len(frames), **warnings})
 
 
 def pack(
     context: Ctx,
     out: Out,
     question: Asked = "",
-    recipe: Recipe = "int8",
-    budget: Budget = 0,
-    bits: Bits = 0.0,
-    quality: Quality = 0.0,
+    recipe: Recipe = DEFAULT_RECIPE,
+    budget: Budget = None,
+    bits: Bits = None,
+    quality: Quality = None,
     verify: Verify = False,
     model: Model = MODEL,
     device: Device = DEVICE,
@@ -150,7 +155,7 @@ def pack(
 
     target = Output(out, reads=(context, model))
     text = read_context(context)
-    wished = Wish(budget, bits, quality, verify)
+    wished = Wish(budget or 0, bits or 0.0, quality or 0.0, verify)
     from kvlink.agent.sender import Sender
 
     quiet()
@@ -160,6 +165,7 @@ def pack(
     with target.open() as sink:
         count = transfer.write(sink)
     _wrote(target, count, as_json, receipt_dict(transfer.receipt))
+    warn(transfer.receipt.recipe)
     if not as_json and not target.is_standard_output:
         say_certificate(transfer.receipt)
 
@@ -219,5 +225,6 @@ def inspect(
         say_json(told)
         return
     for name, value in told.items():
-        told_of = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        words = [f"{k} {v}" for k, v in value.items()] if isinstance(value, dict) else value
+        told_of = ", ".join(words) if isinstance(words, list) else words
         say(f"{name:18} {shown(told_of)}")

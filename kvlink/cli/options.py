@@ -44,11 +44,20 @@ ReportFile = Annotated[
     Path | None, option("report", File(), "Write the story of a transfer as an HTML page.")
 ]
 Budget = Annotated[
-    int, option("budget", Size(zero=True), "Bytes for the whole transfer; sets the retention.")
+    int | None,
+    option("budget", Size(), "Bytes for the whole transfer; positions are chosen where not all fit."),
 ]
-Bits = Annotated[float, option("bits", Real(most=64), "Most bits per element; sets the step of a transform.")]
+Bits = Annotated[
+    float | None,
+    option("bits", Real(most=64, above=True), "Most bits per element; sets the step of a transform."),
+]
 Quality = Annotated[
-    float, option("quality", Real(most=1), "Share of answers to keep, by the model's profile; sets the step.")
+    float | None,
+    option(
+        "quality",
+        Real(most=1, above=True),
+        "Share of answers to keep, by the model's profile; sets the step.",
+    ),
 ]
 Verify = Annotated[bool, flag("verify", "Check the message before it leaves; make it finer until it passes.")]
 SenderAt = Annotated[str, option("sender", AddressText(), "AddressText of the sender.")]

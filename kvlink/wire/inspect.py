@@ -14,9 +14,18 @@ from typing import Any, BinaryIO
 
 from kvlink.errors import RemoteProtocolError
 from kvlink.payload import EncodedSegment
+from kvlink.receipt import warnings_of
 from kvlink.v1 import wire_pb2 as pb
 from kvlink.wire.file import FORMAT_VERSION, MAGIC, read_frames
 from kvlink.wire.session import ManifestReceived, ReceiveSession, SegmentReceived, TextReceived
+
+
+def recipe_of(first_frame: bytes) -> str:
+    """The recipe that a transfer's first frame names. Raises what the session raises."""
+    for event in ReceiveSession().receive(first_frame):
+        if isinstance(event, ManifestReceived):
+            return str(event.manifest.recipe)
+    return ""
 
 
 def describe(source: BinaryIO) -> dict[str, Any]:
@@ -44,6 +53,7 @@ def describe(source: BinaryIO) -> dict[str, Any]:
     return {
         "mode": manifest.mode,
         "recipe_full": str(manifest.recipe),
+        **({"warnings": list(found)} if (found := warnings_of(str(manifest.recipe))) else {}),
         "transfer_id": manifest.transfer_id.hex(),
         "context_tokens": shape.tokens,
         "kept_tokens": kept[0] if kept else 0,

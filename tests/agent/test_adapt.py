@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import replace
 
 import pytest
+import typer.main
 
+import kvlink
 from kvlink.agent.adapt import INT8_GRADE, automatic, step_for
 from kvlink.agent.receiver import Receiver
 from kvlink.agent.receiver_service import ReceiverService
 from kvlink.agent.sender import Sender
 from kvlink.agent.sender_service import SenderService
+from kvlink.agent.settings import SenderSettings
+from kvlink.cli import app
+from kvlink.cli.configuration import commands_of
+from kvlink.codecs import Quantized
 from kvlink.errors import IdentityError, LimitError, RecipeError
 from kvlink.eval.questions import generated
 from kvlink.model.generate import answer
-from kvlink.recipe import Recipe, Wish
+from kvlink.recipe import DEFAULT_RECIPE, Recipe, Wish
+from kvlink.show import receipt_dict
 from kvlink.transport.api import Delivery
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.server import Server
@@ -42,15 +51,51 @@ def test_auto_is_the_step_that_the_profile_says_the_model_bears(tiny, sender, co
     assert tiny.profile.digest.hex() in transfer.receipt.recipe
 
 
-def test_without_a_profile_auto_is_as_fine_as_int8(tiny, context):
-    plain = Sender(replace(tiny, profile=None))
-    recipe = plain.recipe("auto")
-    assert recipe.codec.step_code == INT8_GRADE
-    found = plain.certify(context, ITEM.question, plain.pack(context, ITEM.question, recipe))
-    rough = plain.certify(context, ITEM.question, plain.pack(context, ITEM.question, "int8"))
-    assert found.passed
-    assert rough.passed
-    assert found.kl_mean < 1e-3
+@pytest.fixture(scope="module")
+def plain(tiny) -> Sender:
+    """A sender of a model that nobody has measured."""
+    return Sender(replace(tiny, profile=None))
+
+
+def test_without_a_profile_auto_is_int8_and_so_is_what_nobody_names(plain, context):
+    assert plain.recipe("auto") == Recipe.parse("int8")
+    transfer = plain.pack(context, "")
+    assert transfer.manifest.recipe == Recipe.parse("int8")
+    assert transfer.receipt.warnings == ()
+
+
+def test_the_default_is_auto_wherever_one_stands(tiny, context):
+    assert DEFAULT_RECIPE == "auto"
+    assert SenderSettings().default_recipe == DEFAULT_RECIPE
+    for function in (Sender.pack, kvlink.pack):
+        assert inspect.signature(function).parameters["recipe"].default == DEFAULT_RECIPE
+    commands = dict(commands_of(typer.main.get_command(app)))
+    for name in ("pack", "ask", "fetch"):  # for ask and fetch the sender's
+        (said,) = [p.default for p in commands[(name,)].params if p.name == "recipe"]
+        assert said == (DEFAULT_RECIPE if name == "pack" else "")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wish"),
+    [
+        ("transform=1", Wish()),
+        ("auto", Wish(max_bits=4)),
+        ("auto", Wish(quality=0.9)),
+        ("transform=1 basis=own", Wish()),
+    ],
+)
+def test_a_transform_that_nobody_measured_says_so_in_its_receipt(plain, context, recipe, wish):
+    receipt = plain.pack(context, ITEM.question, recipe, wish).receipt
+    (warning,) = receipt.warnings
+    assert "--verify" in warning
+    assert "kvlink profile build" in warning
+    assert receipt_dict(receipt)["warnings"] == [warning]
+
+
+def test_what_was_measured_warns_of_nothing(sender, context):
+    receipt = sender.pack(context, ITEM.question, "auto", Wish(max_bits=4)).receipt
+    assert receipt.warnings == ()
+    assert "warnings" not in receipt_dict(receipt)
 
 
 def test_steps_follow_what_was_measured(tiny):
@@ -128,13 +173,81 @@ def test_recipes_grow_finer_to_the_whole_cache():
         ("int4", Wish(max_bits=2), RecipeError, "a number of bits needs a recipe with a step"),
         ("int4", Wish(quality=0.9), RecipeError, "a quality needs a recipe with a step"),
         ("transform=1", Wish(quality=2), RecipeError, "quality must be above 0 and at most 1"),
-        ("transform=1", Wish(max_bits=0.0001), LimitError, "no step brings this context down to 0.0001 bits"),
+        (
+            "int8",
+            Wish(max_bits=2),
+            RecipeError,
+            "a number of bits needs a recipe with a step: .*got all keys=int8",
+        ),
+        ("text", Wish(quality=0.9), RecipeError, "a quality needs .* got text"),
+        (
+            "text",
+            Wish(budget_bytes=500),
+            LimitError,
+            r"the text takes \d{3,} bytes, more than the budget of 500",
+        ),
+        (
+            "transform=1",
+            Wish(max_bits=0.0001),
+            LimitError,
+            r"at most 0.0001 bits .* the smallest transfer takes \d+",
+        ),
+        (
+            "q2c@0.5 transform=1",
+            Wish(max_bits=0.0001),
+            LimitError,
+            r"takes 0\.\d+ bits an element, more than the 0.0001",
+        ),
+        (
+            "auto",
+            Wish(max_bits=0.5, quality=0.99),
+            LimitError,
+            r"a quality of 0.99 takes [0-9.]+ bits an element",
+        ),
         ("transform=1", Wish(budget_bytes=500), LimitError, "no cache fits 500 bytes"),
     ],
 )
 def test_wishes_that_cannot_be_met_are_refused(sender, context, recipe, wish, error, message):
     with pytest.raises(error, match=message):
         sender.pack(context, ITEM.question, recipe, wish)
+
+
+WISHES = [
+    Wish(budget, bits, quality, verify)
+    for budget in (0, 4_000) for bits in (0.0, 0.3, 3.0) for quality in (0.0, 0.9) for verify in (False, True)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wish", WISHES, ids=str)
+@pytest.mark.parametrize("measured", [True, False], ids=["profile", "no profile"])
+@pytest.mark.parametrize("question", [ITEM.question, ""], ids=["question", "no question"])
+def test_wishes_alone_and_together_are_met_by_the_default_or_refused_with_the_least(
+    sender, plain, context, measured, question, wish
+):
+    if wish.verify and not question:
+        pytest.skip("nothing to check: refused as a missing question")
+    try:
+        transfer = (sender if measured else plain).pack(context, question, DEFAULT_RECIPE, wish)
+    except LimitError as error:
+        transfer, refusal = None, str(error)
+    if transfer is None:
+        asked = [f"{wish.max_bits:g} " if wish.max_bits else "", str(wish.budget_bytes or "")]
+        assert any(word and word in refusal for word in asked)
+        assert re.search(r"takes \d|has \d+ bytes", refusal), "what the least is"
+        return
+    receipt, recipe = transfer.receipt, transfer.manifest.recipe
+    assert not wish.max_bits or receipt.bits_per_element <= wish.max_bits
+    assert not wish.budget_bytes or receipt.wire_bytes <= wish.budget_bytes
+    assert not wish.verify or receipt.certificate.passed
+    if wish.quality and recipe.selection.method == "all" and recipe.codec != Quantized():
+        assert recipe.codec.step_code <= step_for(sender.lm.profile if measured else None, wish.quality)
+    assert bool(receipt.warnings) is ("basis=own" in receipt.recipe)
+
+
+def test_a_rest_is_never_finer_than_a_step_that_bits_ask_for(sender, context):
+    recipe = "q2c+draft@0.25 transform=0.5 rest=2"
+    transfer = sender.pack(context, ITEM.question, recipe, Wish(max_bits=0.8))
+    assert transfer.receipt.bits_per_element <= 0.8
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
