@@ -44,7 +44,7 @@ _WIDENED = (torch.bfloat16, torch.float16)
 
 def sketch_of(model: Any) -> Sketch:
     """The sketch of a loaded model. Raises ModelError where it cannot read the fixed text."""
-    layers = _read(model).layers
+    layers = read(model).layers
     sides = [side for i in chosen_layers(len(layers)) for side in (layers[i].keys, layers[i].values)]
     return Sketch(len(layers), tuple(number for side in sides for number in _numbers(side[0].float().cpu())))
 
@@ -72,30 +72,17 @@ def remembered_sketch(model: Any, fingerprint: Fingerprint, files: list[Any] | N
 
 
 def probe_ids(model: Any) -> list[int]:
-    """Token ids of the fixed text: they follow from the size of the vocabulary alone.
-
-    Ids that the configuration gives a meaning of their own (ends, padding, places of images) are left out.
-    """
+    """Token ids of the fixed text: they follow from the size of the vocabulary alone."""
     config = model.config.get_text_config(decoder=True)
     rows = min(config.vocab_size, model.get_input_embeddings().weight.shape[0])
-    special = _special_ids(model.config.to_dict()) | _special_ids(config.to_dict())
+    stream = np.frombuffer(blake3(_SEED).digest(length=8 * TOKENS), "<u8")
     window = getattr(config, "max_position_embeddings", None) or TOKENS
-    stream = np.frombuffer(blake3(_SEED).digest(length=8 * 4 * TOKENS), "<u8")
-    ids = [int(value) % rows for value in stream]
-    plain = [i for i in ids if i not in special] or ids
-    return plain[: min(TOKENS, window)]
-
-
-def _special_ids(fields: dict[str, Any]) -> set[int]:
-    found: set[int] = set()
-    for name, value in fields.items():
-        if name.endswith(("token_id", "token_index")):
-            found |= {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
-    return found
+    return [int(value) % rows for value in stream[: min(TOKENS, window)]]
 
 
 @torch.inference_mode()
-def _read(model: Any) -> Any:
+def read(model: Any) -> Any:
+    """The cache that a model makes of the fixed text, in float32. Raises ModelError where it cannot read it."""
     ids = probe_ids(model)
     cache = DynamicCache(config=model.config)
     try:

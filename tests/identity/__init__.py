@@ -1,0 +1,1 @@
+"""What makes two models two, and what does not. `python -m tests.identity` prints the tables."""
