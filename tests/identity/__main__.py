@@ -20,7 +20,7 @@ import transformers
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
 from kvlink.model.sources import folder_of
 from kvlink.sketch import TOLERANCE
-from tests.identity.changes import CHANGES, HARMLESS, Change, caches_apart, pair
+from tests.identity.changes import CHANGES, HARMLESS, Change, Known, caches_apart, pair
 from tests.identity.same import apart, clothes, elsewhere, in_own_dtype, noise, tuned
 
 
@@ -66,7 +66,7 @@ def row(change: Change) -> str:
     )
 
 
-def different(one: LanguageModel, two: LanguageModel) -> str:
+def different(one: LanguageModel | Known, two: LanguageModel | Known) -> str:
     """The components that differ."""
     names = [f.name for f in fields(one.fingerprint)]
     return ", ".join(n for n in names if getattr(one.fingerprint, n) != getattr(two.fingerprint, n)) or "same"

@@ -14,7 +14,12 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
-from kvlink.model.loading import LanguageModel, embedded_folder, wrap
+from kvlink.model.fingerprint import fingerprint_of
+from kvlink.model.loading import embedded_folder
+from kvlink.model.probe import sketch_of
+from kvlink.model.template import template_for
+from kvlink.payload import Fingerprint
+from kvlink.sketch import Sketch
 
 SAME = 1e-3
 """Caches that differ by less, as a share of their size, are the same."""
@@ -117,7 +122,6 @@ CHANGES = (
         {"sliding_attention": _THETA, "full_attention": _rope(rope_theta=1_000_000.0)},
         {"sliding_attention": _THETA, "full_attention": _THETA},
     ),
-    Change("Gemma 3", "use_bidirectional_attention", False, True),
     Change("GPT-2", "scale_attn_weights", True, False),
     Change("GPT-2", "layer_norm_epsilon", 1e-5, 1e-2),
     Change("GPT-2", "activation_function", "gelu_new", "relu"),
@@ -174,21 +178,32 @@ def build(family: str, field: str, value: Any) -> Any:
     return model.eval()
 
 
-def pair(change: Change) -> tuple[LanguageModel, LanguageModel]:
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A model, and what is known of it to others."""
+
+    model: Any
+    fingerprint: Fingerprint
+    sketch: Sketch
+
+
+def pair(change: Change) -> tuple[Known, Known]:
     """The two models of a change. Their weights are the same."""
     tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
+    template = template_for(tokenizer)
     one, two = (build(change.family, change.field, value) for value in (change.one, change.two))
-    return wrap(str(change), one, tokenizer), wrap(str(change), two, tokenizer)
+    a, b = (Known(m, fingerprint_of(m, tokenizer, template), sketch_of(m)) for m in (one, two))
+    return a, b
 
 
 @torch.inference_mode()
-def caches_apart(one: LanguageModel, two: LanguageModel) -> float:
+def caches_apart(one: Known, two: Known) -> float:
     """The largest difference of a layer's keys or values over a text, as a share of their size; inf for other shapes."""
     ids = torch.randint(5, 3000, (1, _TOKENS), generator=torch.Generator().manual_seed(7))
     caches = []
-    for lm in (one, two):
-        cache: Any = DynamicCache(config=lm.model.config)
-        lm.model(ids, past_key_values=cache, use_cache=True)
+    for known in (one, two):
+        cache: Any = DynamicCache(config=known.model.config)
+        known.model(ids, past_key_values=cache, use_cache=True)
         caches.append(cache.layers)
     worst = 0.0
     for a, b in zip(*caches, strict=True):
