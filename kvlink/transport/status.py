@@ -8,6 +8,7 @@ Does not know: what was being done. Place on the path: at the edge of every call
 from __future__ import annotations
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -43,6 +44,8 @@ CODES: dict[type[KvlinkError], grpc.StatusCode] = {
 
 _DOMAIN = "kvlink"
 _MESSAGE_BYTES = 1500
+_MOST_RETRY_S = 3600.0
+"""No peer makes another wait longer than this."""
 """Of a message in a status. It travels twice, once percent-encoded, in metadata of 8 kB at most."""
 
 _BY_NAME = {cls.__name__: cls for cls in CODES}
@@ -89,17 +92,25 @@ def _message(error: KvlinkError) -> str:
     return text
 
 
+def _details_of(error: grpc.RpcError) -> status_pb2.Status:
+    """The rich status that came with an error; an empty one where there is none, or it is not what it says."""
+    try:
+        return rpc_status.from_call(error) or status_pb2.Status()
+    except (ValueError, DecodeError):  # another code or message than the call's own; no such message at all
+        return status_pb2.Status()
+
+
 def from_rpc_error(error: grpc.RpcError, peer: str) -> KvlinkError:
     """The error that the peer raised, or the nearest one for what gRPC itself reports."""
-    proto = rpc_status.from_call(error)
+    proto = _details_of(error)
     found: KvlinkError | None = None
     info, hint = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-    for detail in proto.details if proto is not None else ():
+    for detail in proto.details:
         if detail.Unpack(info) and info.domain == _DOMAIN and info.reason in _BY_NAME:
             found = _BY_NAME[info.reason](f"{peer}: {proto.message}")
             found.reported = True
         elif detail.Unpack(hint) and isinstance(found, errors.BusyError):
-            found.retry_after_s = hint.retry_delay.ToMilliseconds() / 1000
+            found.retry_after_s = min(max(0.0, hint.retry_delay.ToMilliseconds() / 1000), _MOST_RETRY_S)
     if found is not None:
         return found
     code, text = error.code(), error.details() or "no details"
