@@ -18,3 +18,6 @@ CALL_S = 600.0
 NEW_TOKENS = 48
 """Tokens of an answer where the caller names no number."""
 CERTIFICATE_DAYS = 7.0
+
+STUDY_QUESTIONS, STUDY_SEED = 200, 42
+"""Of `kvlink eval`."""

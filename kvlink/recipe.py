@@ -234,6 +234,11 @@ class Wish:
             if not math.isfinite(value) or value < 0:
                 raise RecipeError(f"{name} must be a number of at least 0, got {value}")
 
+    @property
+    def needs_step(self) -> bool:
+        """Whether only a codec with a step can meet it."""
+        return bool(self.max_bits or self.quality)
+
 
 _SELECTION_OPTIONS = ("scope", "when", "sinks", "recent", "pool", "window", "seed")
 

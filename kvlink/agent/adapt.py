@@ -57,7 +57,7 @@ def automatic(profile: Profile | None, wish: Wish | None = None) -> Recipe:
 
     Without a profile int8, unless the wish is one that only a step can meet.
     """
-    if profile is None and not (wish and (wish.max_bits or wish.quality)):
+    if profile is None and not (wish and wish.needs_step):
         return Recipe.parse(PLAIN_RECIPE)
     return with_quality(Recipe(codec=Transform(0)), profile, AUTO_QUALITY)
 

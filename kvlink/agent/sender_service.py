@@ -28,6 +28,7 @@ from kvlink.agent.shares import Whose
 from kvlink.agent.staging import Staging
 from kvlink.agent.store import Store
 from kvlink.agent.threads import to_thread
+from kvlink.codecs import Transform
 from kvlink.defaults import CALL_S
 from kvlink.errors import (
     AccessError,
@@ -42,7 +43,7 @@ from kvlink.errors import (
 from kvlink.model.template import Turn
 from kvlink.observe import Observer
 from kvlink.receipt import Capabilities
-from kvlink.recipe import Recipe, Wish
+from kvlink.recipe import AUTO, Recipe, Wish
 from kvlink.transport.address import Address
 from kvlink.transport.api import NOBODY, Caller, Delivery, Explanation, Fetch, Progress, Published, PushStatus
 from kvlink.transport.client import CONNECT_S, ReceiverClient
@@ -340,6 +341,8 @@ class SenderService:
     def _recipe(self, text: str, wish: Wish) -> Recipe:
         """The caller's recipe or the default one. Raises RecipeError, AccessError."""
         recipe = self._sender.recipe(text or self.settings.default_recipe, wish)
+        if not text and wish.needs_step and not isinstance(recipe.codec, Transform):
+            recipe = self._sender.recipe(AUTO, wish)  # nobody named what cannot meet it
         if recipe.selection.press and not self.settings.presses:
             raise AccessError(f"{recipe.selection.name}: this sender imports no kvpress for its callers")
         return recipe

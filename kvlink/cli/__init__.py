@@ -13,6 +13,7 @@ Does not know: how anything is done. Place on the path: outside it; imports lazi
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,14 +86,17 @@ def root(
     configure(context, config)
 
 
-def main() -> None:
-    """Run the command; errors of the package become a line on standard error and an exit code."""
+def main(command: str = "") -> None:
+    """Run the command; errors of the package become a line on standard error and an exit code.
+
+    `command`: of an entry point that is one command only; `--config FILE` may still stand first.
+    """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it notes on standard error we say ourselves
     # Every thread keeps the kernels of so many shapes, and each length of a text is a shape: of torch's 1024
     # an agent has a gigabyte after some thousand calls. Generating needs fewer than ten.
     os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
     try:
-        ended = app(standalone_mode=False)
+        ended = app(_placed(command, sys.argv[1:]), standalone_mode=False)
     except errors.KvlinkError as error:
         note(f"kvlink: {type(error).__name__}: {error}")
         raise SystemExit(exit_code(error)) from None
@@ -105,6 +109,14 @@ def main() -> None:
     except BrokenPipeError:
         raise SystemExit(0) from None
     raise SystemExit(ended if isinstance(ended, int) else 0)
+
+
+def _placed(command: str, words: list[str]) -> list[str]:
+    """The words with `command` behind the options of `kvlink` itself."""
+    at = 0
+    while command and at < len(words) and words[at].partition("=")[0] in ("--config", "--version"):
+        at += 2 if words[at] == "--config" else 1
+    return [*words[:at], command, *words[at:]] if command else words
 
 
 def exit_code(error: errors.KvlinkError) -> int:

@@ -15,7 +15,7 @@ from kvlink import errors
 from kvlink.cli.common import quiet
 from kvlink.cli.kinds import Choice, File, RecipeText, Text
 from kvlink.cli.options import Attention, Device, Dtype, Json, count, flag, option
-from kvlink.defaults import ATTENTION, DEVICE, DTYPE, MODEL
+from kvlink.defaults import ATTENTION, DEVICE, DTYPE, MODEL, STUDY_QUESTIONS, STUDY_SEED
 from kvlink.files import Output, OutputFolder
 from kvlink.quoting import shown
 from kvlink.terminal import progress, say, say_json
@@ -40,8 +40,10 @@ def evaluate(
     table: Table,
     model: Models = [MODEL],  # noqa: B006 - typer copies it
     data: Datas = ["generated"],  # noqa: B006
-    n: Annotated[int, count("n", "Questions.")] = 200,
-    seed: Annotated[int, count("seed", "Of the generator, and of the draw from a file.", least=0)] = 42,
+    n: Annotated[int, count("n", "Questions.")] = STUDY_QUESTIONS,
+    seed: Annotated[
+        int, count("seed", "Of the generator, and of the draw from a file.", least=0)
+    ] = STUDY_SEED,
     recipe: Recipes = None,
     press: Presses = None,
     when: Annotated[

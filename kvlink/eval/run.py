@@ -25,6 +25,7 @@ import transformers
 from blake3 import blake3
 
 from kvlink._release import RELEASE
+from kvlink.defaults import ATTENTION, DEVICE, DTYPE, STUDY_SEED
 from kvlink.errors import ConfigError, ContextError, KvlinkError
 from kvlink.eval import record as records
 from kvlink.eval.biased import biased
@@ -47,12 +48,12 @@ class Settings:
 
     model: str
     data: str
-    seed: int = 42
+    seed: int = STUDY_SEED
     pad_to: int = 0
     prompt: str = "auto"
-    device: str = "cpu"
-    dtype: str = "auto"
-    attention: str = "auto"
+    device: str = DEVICE
+    dtype: str = DTYPE
+    attention: str = ATTENTION
     workers: int = 0
     variant: str = "plain"
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvlink.defaults import STUDY_QUESTIONS
 from kvlink.errors import ConfigError, ContextError
 from kvlink.eval import overhead
 from kvlink.eval import record as records
@@ -39,7 +40,7 @@ class Study:
     """What is asked for: a table, questions, selections beside the ones that are always there."""
 
     table: str
-    n: int = 200
+    n: int = STUDY_QUESTIONS
     when: str = ""
     presses: tuple[str, ...] = ()
     recipes: tuple[str, ...] = ()

@@ -244,6 +244,25 @@ def test_wishes_alone_and_together_are_met_by_the_default_or_refused_with_the_le
     assert bool(receipt.warnings) is ("basis=own" in receipt.recipe)
 
 
+async def test_over_the_wire_too_and_in_the_senders_log(pair, caplog):
+    silent = await pair.deliver("")
+    assert silent.receipt.warnings == ()
+    assert "int8" in silent.receipt.recipe
+    with caplog.at_level("WARNING", logger="kvlink"):
+        told = await pair.deliver("", wish=Wish(max_bits=6))
+    (warning,) = told.receipt.warnings
+    assert [record.getMessage() for record in caplog.records] == [warning]
+    assert caplog.records[0].transfer == told.receipt.transfer_id
+
+
+async def test_an_operators_default_that_has_no_step_gives_way_to_a_wish_for_one(pair):
+    pair.sender.settings = replace(pair.sender.settings, default_recipe="int4")
+    assert "int4" in (await pair.deliver("")).receipt.recipe
+    assert (await pair.deliver("", wish=Wish(max_bits=3))).receipt.bits_per_element <= 3
+    with pytest.raises(RecipeError, match="got all keys=int4"):
+        await pair.deliver("int4", wish=Wish(max_bits=3))
+
+
 def test_a_rest_is_never_finer_than_a_step_that_bits_ask_for(sender, context):
     recipe = "q2c+draft@0.25 transform=0.5 rest=2"
     transfer = sender.pack(context, ITEM.question, recipe, Wish(max_bits=0.8))
