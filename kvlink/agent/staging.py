@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kvlink.errors import BusyError, ConfigError, DataError, LimitError, ProtocolError
-from kvlink.wire.file import read_frames, write_frames
+from kvlink.wire.file import framed, read_frames, write_frames
 
 
 class Staging:
@@ -125,7 +125,7 @@ class Staged:
 
     def add(self, *frames: bytes) -> None:
         """Append frames and wait until the disk has them: all of them, or BusyError and none."""
-        data = b"".join(len(frame).to_bytes(4, "little") + frame for frame in frames)
+        data = b"".join(map(framed, frames))
         try:
             left = memoryview(data)
             while left:

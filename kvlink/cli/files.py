@@ -115,24 +115,26 @@ def fetch(
     from kvlink.transport.api import Fetch
     from kvlink.transport.client import SenderClient
     from kvlink.transport.handle import Handle
-    from kvlink.wire.file import write_frames
+    from kvlink.wire.file import Writable, framed, write_frames
     from kvlink.wire.inspect import recipe_of
 
     target = Output(out)
     at, proof = Handle.parse(handle), credentials(creds, insecure)
     wanted = Fetch(at.context_id, question, recipe, Wish(budget or 0, bits or 0.0, quality or 0.0, verify))
 
-    async def work() -> list[bytes]:
+    async def work(sink: Writable) -> tuple[bytes, int, int]:
+        first, count, size = b"", 0, write_frames((), sink)
         async with SenderClient(at.address, proof, insecure=insecure) as source:
-            return [frame async for frame in source.fetch(wanted)]
+            async for frame in source.fetch(wanted):
+                first, count, size = first or frame, count + 1, size + sink.write(framed(frame))
+        return first, count, size
 
-    frames = run(work())
     with target.open() as sink:
-        count = write_frames(frames, sink)
-    told = recipe_of(frames[0])
+        first, frames, size = run(work(sink))
+    told = recipe_of(first)
     warn(told)
     warnings = {"warnings": found} if (found := list(warnings_of(told))) else {}
-    _wrote(target, count, as_json, {"frames": len(frames), **warnings})
+    _wrote(target, size, as_json, {"frames": frames, **warnings})
 
 
 def pack(

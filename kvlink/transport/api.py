@@ -84,7 +84,7 @@ class Delivery:
 @dataclass(frozen=True, slots=True)
 class Fetch:
     """What to fetch: a published context, reduced for a question. `transfer_id`: 16 bytes or empty;
-    with the id of a fetch that broke it goes on at `next_sequence`."""
+    with the id of a fetch that broke it goes on at `next_sequence` (a client does so by itself)."""
 
     context_id: str
     question: str = ""

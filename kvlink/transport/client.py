@@ -27,6 +27,7 @@ from kvlink.transport.expected import Answered, Delivering, Pushing
 from kvlink.transport.status import from_rpc_error
 from kvlink.v1 import receiver_pb2, sender_pb2, wire_pb2
 from kvlink.wire.messages import TRANSFER_ID_BYTES
+from kvlink.wire.session import ReceiveSession
 
 
 def _wished(wish: Wish) -> dict[str, Any]:
@@ -193,14 +194,18 @@ class SenderClient(Client):
         await self._unary("UnpublishContext", request, QUICK_S)
 
     async def fetch(self, fetch: Fetch) -> AsyncGenerator[bytes, None]:
-        """The frames of a published context. A stream that breaks goes on at the next frame."""
+        """The frames of a published context, each checked as a receiver would before it is handed out.
+
+        A stream that breaks goes on at the next frame. Raises what a receiving session raises: the first
+        frame that is none ends it, and so does a stream without an end.
+        """
+        session = ReceiveSession(keep=False)
         request = convert.request(
             sender_pb2.FetchCacheRequest,
             context_id=fetch.context_id,
             question=fetch.question,
             recipe=fetch.recipe,
             transfer_id=fetch.transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES),
-            next_sequence=fetch.next_sequence,
             **_wished(fetch.wish),
         )
 
@@ -209,8 +214,16 @@ class SenderClient(Client):
 
         async with contextlib.aclosing(self._again(frames)) as found:
             async for frame in found:
-                request.next_sequence += 1
+                self._take(session, frame)
+                request.next_sequence = session.next_sequence
                 yield frame
+        session.close()
+
+    def _take(self, session: ReceiveSession, frame: bytes) -> None:
+        try:
+            session.receive(frame)
+        except KvlinkError as error:
+            raise type(error)(f"{self.address}: {error}") from None
 
     async def deliver(self, delivery: Delivery) -> AsyncGenerator[Progress, None]:
         """Let the sender deliver. A link that breaks is made again; leaving early gives it up at both ends."""

@@ -44,9 +44,9 @@ CODES: dict[type[KvlinkError], grpc.StatusCode] = {
 
 _DOMAIN = "kvlink"
 _MESSAGE_BYTES = 1500
+"""Of a message in a status. It travels twice, once percent-encoded, in metadata of 8 kB at most."""
 _MOST_RETRY_S = 3600.0
 """No peer makes another wait longer than this."""
-"""Of a message in a status. It travels twice, once percent-encoded, in metadata of 8 kB at most."""
 
 _BY_NAME = {cls.__name__: cls for cls in CODES}
 _FALLBACK: dict[grpc.StatusCode, type[KvlinkError]] = {

@@ -31,9 +31,13 @@ def write_frames(frames: Iterable[bytes], out: Writable) -> int:
     """Write a whole transfer; returns the bytes written."""
     count = out.write(MAGIC + struct.pack("<I", FORMAT_VERSION))
     for frame in frames:
-        count += out.write(struct.pack("<I", len(frame)))
-        count += out.write(frame)
+        count += out.write(framed(frame))
     return count
+
+
+def framed(frame: bytes) -> bytes:
+    """A frame as the file has it: behind its length."""
+    return struct.pack("<I", len(frame)) + frame
 
 
 def read_frames(source: BinaryIO, max_frame_bytes: int = 4_001_024) -> Iterator[bytes]:

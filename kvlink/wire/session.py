@@ -164,8 +164,10 @@ class ReceiveSession:
     LimitError, TruncatedError; each names the frame.
     """
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, *, keep: bool = True) -> None:
+        """`keep` False: a session that only checks; its segments hold no bytes and are not told."""
         self.limits = limits or Limits()
+        self._keep = keep
         self.state: State = "start"
         self.manifest: Manifest | None = None
         self._next_sequence = 0
@@ -173,6 +175,7 @@ class ReceiveSession:
         self._digest = blake3()
         self._header: _Header | None = None
         self._buffer = bytearray()
+        self._received = 0
 
     @property
     def next_sequence(self) -> int:
@@ -248,15 +251,16 @@ class ReceiveSession:
             raise RemoteProtocolError(f"{where}: expected segment {self._segments}, found {message.index}")
         self._header = _Header.read(message, self.manifest, where)
         self._buffer = bytearray()
+        self._received = 0
         return []
 
     def _on_chunk(self, message: pb.Chunk, where: str) -> list[Event]:
         assert self._header is not None  # the table: a header came first
-        if message.offset != len(self._buffer):
-            raise RemoteProtocolError(f"{where}: expected offset {len(self._buffer)}, found {message.offset}")
+        if message.offset != self._received:
+            raise RemoteProtocolError(f"{where}: expected offset {self._received}, found {message.offset}")
         if not message.data:
             raise RemoteProtocolError(f"{where}: an empty chunk")
-        if len(self._buffer) + len(message.data) > self._header.coded_bytes:
+        if self._received + len(message.data) > self._header.coded_bytes:
             raise RemoteProtocolError(
                 f"{where}: the segment has {self._header.coded_bytes} bytes, chunks bring more"
             )
@@ -265,19 +269,23 @@ class ReceiveSession:
             raise IntegrityError(
                 f"{where}: chunk at offset {message.offset}: expected crc32c {message.crc32c:08x}, found {found:08x}"
             )
-        self._buffer += message.data
+        self._received += len(message.data)
+        if self._keep:
+            self._buffer += message.data
         return []
 
     def _on_segment_end(self, message: pb.SegmentEnd, where: str) -> list[Event]:
         assert self._header is not None  # the table: a header came first
-        if len(self._buffer) != self._header.coded_bytes:
+        if self._received != self._header.coded_bytes:
             raise RemoteProtocolError(
-                f"{where}: expected {self._header.coded_bytes} bytes in the segment, found {len(self._buffer)}"
+                f"{where}: expected {self._header.coded_bytes} bytes in the segment, found {self._received}"
             )
         self._check_digest(message.digest, where)
+        self._segments += 1
+        if not self._keep:
+            return []
         event = self._header.split(bytes(self._buffer))
         self._buffer = bytearray()
-        self._segments += 1
         return [event]
 
     def _on_end(self, message: pb.End, where: str) -> list[Event]:

@@ -1,4 +1,4 @@
-"""A receiver that answers what a test wants it to."""
+"""An agent that answers what a test wants it to."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Any
 
 import grpc
 
-from kvlink.v1 import receiver_pb2
+from kvlink.v1 import receiver_pb2, sender_pb2
+
+RECEIVER = receiver_pb2.DESCRIPTOR.services_by_name["ReceiverService"]
+SENDER = sender_pb2.DESCRIPTOR.services_by_name["SenderService"]
 
 
-async def serve(answers: Callable[[str, Any], AsyncIterator[bytes]]) -> tuple[grpc.aio.Server, int]:
-    """A receiver whose every method answers `answers(method, context)`, and its port."""
-    service = receiver_pb2.DESCRIPTOR.services_by_name["ReceiverService"]
+async def serve(
+    answers: Callable[[str, Any], AsyncIterator[bytes]], service: Any = RECEIVER
+) -> tuple[grpc.aio.Server, int]:
+    """An agent whose every method answers `answers(method, context)`, and its port."""
     server = grpc.aio.server()
 
     def handler(name: str) -> Any:
