@@ -17,7 +17,9 @@ import contextlib
 import os
 import re
 import secrets
+import signal
 import stat
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from kvlink.errors import ConfigError
 _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self|proc/thread-self)/fd/(\d{1,7})")
 _MOST_LINKS = 40
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 _NO_OUTPUT = {stat.S_IFDIR: "a folder", stat.S_IFBLK: "a block device", stat.S_IFSOCK: "a socket"}
 
 
@@ -52,7 +55,7 @@ def whole_file(path: Path, *, mode: int | None = None, durable: bool = True) -> 
     """
     place = Path(os.path.realpath(path))
     beside = place.with_name(f".kvlink-{secrets.token_hex(8)}.new")
-    try:
+    with _signals_raise(), _removed_unless_renamed(beside):
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
         try:
             if mode is None:
@@ -63,10 +66,34 @@ def whole_file(path: Path, *, mode: int | None = None, durable: bool = True) -> 
         finally:
             os.close(descriptor)
         os.replace(beside, place)
+
+
+@contextlib.contextmanager
+def _removed_unless_renamed(beside: Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Signals that would end the process where it stands raise SystemExit meanwhile, as Ctrl-C raises."""
+    mine = threading.current_thread() is threading.main_thread()
+    taken = [n for n in _ENDING if mine and signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _keep_permissions(place: Path, descriptor: int) -> None:

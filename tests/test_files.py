@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -46,6 +47,34 @@ def test_what_ends_the_work_in_the_middle_leaves_everything_as_it_was(tmp_path, 
         raise trouble
     assert names(tmp_path) == seen
     assert before is None or place.read_bytes() == before
+
+
+CUT = """
+import sys, time
+from pathlib import Path
+from kvlink.files import Output
+with Output(Path(sys.argv[1])).open() as sink:
+    sink.write(b"n" * 20_000)
+    print("half", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_in_the_middle_leaves_everything_as_it_was(tmp_path, number):
+    place = tmp_path / "x.kvl"
+    place.write_bytes(OLD)
+    writing = subprocess.Popen(
+        [sys.executable, "-c", CUT, str(place)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert writing.stdout is not None
+    assert writing.stdout.readline() == b"half\n"
+    assert len(names(tmp_path)) == 2
+    writing.send_signal(number)
+    assert writing.wait() in (128 + number, -signal.SIGINT)
+    writing.stdout.close()
+    assert names(tmp_path) == ["x.kvl"]
+    assert place.read_bytes() == OLD
 
 
 FULL = """
