@@ -19,6 +19,7 @@ from kvlink.codecs import LowRank, Transform
 from kvlink.compress.codec import decode, encode
 from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import pack_part
+from kvlink.model.rotary import Rotation
 from kvlink.payload import CacheShape, Fingerprint, Prompt
 from kvlink.recipe import Recipe
 from kvlink.sketch import Sketch
@@ -60,10 +61,10 @@ def cache(dtype: str) -> KVCache:
 
 def known() -> CodecContext:
     """A rotation of two of the three channel pairs, and tolerances from a formula."""
-    speed = torch.tensor([1.0, 0.1, 1.0, 0.1])
-    angle = torch.arange(18)[:, None] * speed[None]
+    angle = torch.arange(18)[:, None] * torch.tensor([1.0, 0.1])[None]
+    turns = Rotation(angle.cos(), angle.sin(), torch.tensor([0, 1]), torch.tensor([2, 3]))
     units = 0.5 + torch.arange(12, dtype=torch.float64) / 12
-    return CodecContext(((angle.cos(), angle.sin()),) * 2, None, ((units, units),) * 2)
+    return CodecContext((turns,) * 2, None, ((units, units),) * 2)
 
 
 def transfer(recipe: Recipe, kept: tuple[int, ...] | None, dtype: str, sketched: bool) -> list[bytes]:
