@@ -148,6 +148,7 @@ class Intake:
                 raise IdentityError(
                     f"prompt: {name} the context, with {len(there.turns)} earlier turns, the template writes "
                     f"{len(mine)} bytes here, {mine[:60]!r}, and {len(theirs)} at the peer, {theirs[:60]!r}"
+                    + ("; it writes the day: read the context again today" if lm.template.dated else "")
                 )
 
     def _restore(self) -> Held:

@@ -184,7 +184,10 @@ def _rope_kinds(rotary: dict[str, Any]) -> Iterator[str]:
 
 def _tokenizer(tokenizer: Any) -> Any:
     """What a tokenizer is. One in Python cannot serialize itself: its vocabulary, options and cuts."""
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    # Padding is never used, and people set it as they like.
+    special = {
+        name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"
+    }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         told = json.loads(backend.to_str())
@@ -220,9 +223,13 @@ _TOKENIZER_HARMLESS = (
 
 
 def _filled(value: Any) -> Any:
-    """Without what is false or empty: later releases of the library add such fields, and older ones omit them."""
+    """Without what is false or empty: later releases of the library add such fields, and older ones omit them.
+
+    A zero stays: it is the number of a token.
+    """
     if isinstance(value, dict):
-        return {k: kept for k, v in value.items() if (kept := _filled(v)) not in (None, False, "", [], {})}
+        kept = {key: _filled(inner) for key, inner in value.items()}
+        return {key: inner for key, inner in kept.items() if inner or (inner == 0 and inner is not False)}
     return [_filled(inner) for inner in value] if isinstance(value, list) else value
 
 

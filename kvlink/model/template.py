@@ -39,15 +39,15 @@ class Template:
     """Whether the tokenizer's own opening tokens (BOS) stand before the text."""
     chat: Any = None
 
-    def digest(self) -> bytes:
-        """16 bytes over everything that the template adds around context and question."""
-        texts = (self.template_id, self.before, self.after, self.ask_before, self.ask_after, *self.stops)
-        return blake3("\x00".join(texts).encode()).digest(length=16)
-
     @property
     def source(self) -> str:
         """The program that writes the prompt; empty for the plain template."""
         return str(self.chat.chat_template) if self.chat is not None else ""
+
+    @property
+    def dated(self) -> bool:
+        """Whether the program writes the day on which it runs, so that another day's prompt is another."""
+        return "strftime_now" in self.source
 
     def opening(self, turns: Sequence[Turn] = ()) -> str:
         """What stands before the context, earlier turns in it."""

@@ -105,6 +105,30 @@ def test_another_tokenizer_is_refused_whatever_differs(checkpoint, tmp_path, cha
     assert here.weights == there.weights
 
 
+@pytest.mark.parametrize(
+    ("one", "two", "same"),
+    [
+        ({"vocab": {"a": 0}}, {"vocab": {"b": 0}}, False),
+        ({"vocab": {"a": 0}}, {"vocab": {}}, False),
+        ({"id": 0}, {}, False),
+        ({"score": 0.0}, {"score": -1.0}, False),
+        ({"strip": True}, {"strip": False}, False),
+        ({"strip": False}, {}, True),
+        ({"model": {"prefix": "", "drop": None, "list": []}}, {}, True),
+        ([{"a": None}, {}], [{}, {}], True),
+        ([{"a": 1}, {}], [{}, {"a": 1}], False),
+    ],
+)
+def test_only_what_is_false_or_empty_may_be_missing(one, two, same):
+    assert (fingerprint._filled(one) == fingerprint._filled(two)) == same
+
+
+def test_the_token_of_padding_does_not_matter(checkpoint):
+    lm = load(str(checkpoint("qwen2")))
+    lm.tokenizer.pad_token = lm.tokenizer.eos_token
+    assert wrap("padded", lm.model, lm.tokenizer).fingerprint == lm.fingerprint
+
+
 def test_what_a_tokenizer_was_used_for_does_not_matter(checkpoint):
     lm = load(str(checkpoint("qwen2")))
     lm.tokenizer(["one", "one and two"], padding=True, truncation=True, max_length=7, return_tensors="pt")

@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvlink.errors import ConfigError, ModelError
 from kvlink.model import sources
@@ -86,6 +87,23 @@ def test_a_gguf_file_is_told_by_its_first_bytes_and_unpacked_once(tmp_path, cach
     assert folder_of(str(copy)) == folder
     assert folder.stat().st_mtime_ns == stamp
     assert load(str(copy)).fingerprint == lm.fingerprint
+
+
+def test_a_gguf_file_and_a_folder_of_the_same_weights_are_the_same_model(tmp_path, cache):
+    write_gguf(tmp_path / "a.gguf")
+    lm = load(str(tmp_path / "a.gguf"))
+    config = LlamaConfig(
+        vocab_size=len(TOKENS), hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, rms_norm_eps=1e-5, max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(lm.model.state_dict())
+    model.save_pretrained(tmp_path / "folder")  # in float32
+    lm.tokenizer.save_pretrained(tmp_path / "folder")
+    there = load(str(tmp_path / "folder"), dtype="bfloat16")
+    lm.fingerprint.require_match(there.fingerprint, "kv")
+    lm.sketch.require_match(there.sketch)
 
 
 def test_another_files_weights_are_another_model(tmp_path, cache):

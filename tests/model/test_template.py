@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from kvlink.errors import ContextError, ModelError
+import kvlink
+from kvlink.errors import ContextError, IdentityError, ModelError
 from kvlink.model.generate import answer
 from kvlink.model.loading import load
 from kvlink.model.prefill import prefill
@@ -66,6 +67,26 @@ def test_another_chat_template_is_another_fingerprint(chat_folder, checkpoint):
     plain = load(str(checkpoint("qwen2", "bfloat16"))).fingerprint
     assert chat.template != plain.template
     assert chat.weights == plain.weights
+
+
+def test_a_template_that_writes_the_day_is_the_same_every_day(chat_folder):
+    """Here it writes the microsecond. What it wrote is compared with each transfer, and the refusal says why."""
+    folder = chat_folder("{{ strftime_now('%f') }} " + CHAT)
+    first, second = load(folder), load(folder)
+    assert first.template.before != second.template.before
+    assert first.fingerprint == second.fingerprint
+    assert first.template.dated
+    sender = kvlink.Sender(first)
+    data = kvlink.pack(sender, sender.read("Tavik is a town."), "What is Tavik?", kvlink.Recipe.parse("text"))
+    with pytest.raises(IdentityError, match="it writes the day: read the context again today"):
+        kvlink.unpack(kvlink.Receiver(second), data)
+
+
+def test_other_texts_of_a_template_are_others(chat_folder, tmp_path):
+    """Though they write the same prompt for this conversation."""
+    first = load(chat_folder()).fingerprint
+    (tmp_path / "chat" / "chat_template.jinja").write_text(CHAT + "{% if tools %}{{ tools }}{% endif %}")
+    assert load(str(tmp_path / "chat")).fingerprint.template != first.template
 
 
 @pytest.mark.parametrize(
