@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from kvlink.cli.configuration import (
     Setting,
     commands_of,
     of_kubernetes,
+    read_file,
     settings_of,
+    unknown_variables,
 )
 from kvlink.cli.kinds import AddressText, Choice, File, Flag, Kind, Real, RecipeText, Size, Text, Whole
 from kvlink.errors import ConfigError
@@ -309,3 +312,23 @@ def test_a_number_that_is_none_is_refused_in_every_form(setting, value, parse):
     if value in ("nan", "inf", "-inf", "-1"):
         with pytest.raises(ConfigError, match=setting.name):
             parse(setting.command, others(setting), f"[{table}]\n{setting.name} = {value}\n")
+
+
+DOCUMENTS = [
+    *(
+        Path(__file__).resolve().parent.parent / name
+        for name in ("README.md", "docker-compose.yml", "Dockerfile")
+    ),
+    *sorted((Path(__file__).resolve().parent.parent / "docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_variables_and_files_in_the_documents_are_what_commands_read(path, tmp_path):
+    text = path.read_text(encoding="utf-8")
+    named = dict.fromkeys(re.findall(r"KVLINK_[A-Z]\w*[A-Z]", text), "tcp://10.0.0.1:50051")
+    assert unknown_variables(named, ROOT) == []
+    for number, block in enumerate(re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(block)
+        assert "dial" in block or read_file(file, ROOT)  # peers.toml is another file
