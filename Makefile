@@ -4,6 +4,7 @@
 # make faults lines that break, peers that lie or die, load: a quarter of an hour, one JSON object at the end
 # make fuzz   every parser under a coverage-guided fuzzer, SECONDS=120 in all; then MESSAGES=100000 random ones for
 #             each service of running agents, SEED=0
+# make sweep every model family that can be built small, through every kind of recipe, into docs/models.md
 # All create .venv when it is missing.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types tests proto eval faults fuzz train clean
+.PHONY: demo test lint types tests proto eval faults fuzz sweep train clean
 
 demo: $(READY)
 	$(BIN)/kvlink demo
@@ -39,6 +40,10 @@ eval: $(READY)
 # A quarter of an hour on two CPU cores; the last line is a JSON object.
 faults: $(READY)
 	$(BIN)/python -m tests.faults
+
+# Every family that transformers can build small, through every kind of recipe: the table of docs/models.md.
+sweep: $(READY)
+	$(BIN)/python -m tests.sweep --write
 
 SECONDS ?= 120
 MESSAGES ?= 100000

@@ -45,8 +45,13 @@ def extract(cache: Any, tokens: int, positions: Any = None) -> KVCache:
             places = positions.expand(heads, -1)
         layers.append(LayerCache(layer.keys[0], layer.values[0], places, sliding))
     shapes = {(x.keys.shape[0], x.keys.shape[2], x.values.shape[2]) for x in layers}
-    if len(shapes) != 1 or any(d != v for _, d, v in shapes):
-        raise UnsupportedCacheError(f"layers differ in heads or head size: {sorted(shapes)}")
+    if len(shapes) != 1:
+        raise UnsupportedCacheError(f"its layers differ in heads or head size: {sorted(shapes)}")
+    if any(d != v for _, d, v in shapes):
+        ((_, keys_size, values_size),) = shapes
+        raise UnsupportedCacheError(
+            f"its keys have {keys_size} numbers and its values {values_size}, as in latent attention"
+        )
     return KVCache(tuple(layers), tokens)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -99,12 +100,12 @@ def rotations(model: Any, arrangements: Sequence[Arrangement], tokens: int) -> t
     return tuple(made[arrangement] for arrangement in arrangements)
 
 
-def test_places(window: int) -> Tensor:
+def trial_places(window: int) -> Tensor:
     """Positions for `find`: the first ones, then further apart up to the end of the window, `[P]` int64."""
     most = max(1, min(window, 2**17) - 1)
     near = torch.arange(min(8, most + 1))
-    far = torch.logspace(3, torch.log2(torch.tensor(float(most))).item(), _PLACES - 8, base=2).long()
-    return torch.cat((near, far.clamp(0, most))).unique()
+    far = torch.logspace(3, math.log2(most), _PLACES - 8, base=2).long().clamp(0, most)
+    return torch.cat((near, far, torch.tensor([most]))).unique()
 
 
 def find(model: Any, keys: Sequence[Tensor], places: Tensor) -> list[Arrangement | None]:

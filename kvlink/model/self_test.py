@@ -132,7 +132,10 @@ class _Test:
         )
         if not any(layer.keys is not None for layer in cache.layers):
             raise UnsupportedCacheError(f"{self.kind}: it keeps no cache of keys and values")
-        held = extract(cache, tokens)
+        try:
+            held = extract(cache, tokens)
+        except UnsupportedCacheError as error:
+            raise UnsupportedCacheError(f"{self.kind}: {error}") from error
         copies = tuple(replace(x, keys=x.keys.clone(), values=x.values.clone()) for x in held.layers)
         left = next_logits(self.lm, view(self.lm, KVCache(copies, tokens)), self.question, tokens)
         stayed = self._read(self.question, cache, tokens)
@@ -198,7 +201,7 @@ class _Test:
 
     def _rotation(self) -> None:
         """How each layer's keys turn, from single tokens at positions of their own."""
-        model, places = self.lm.model, rotary.test_places(self.lm.window)
+        model, places = self.lm.model, rotary.trial_places(self.lm.window)
         token, rows = self.ids[0], len(places)
         cache = DynamicCache()
         given = {
