@@ -92,9 +92,10 @@ def main(command: str = "") -> None:
     `command`: of an entry point that is one command only; `--config FILE` may still stand first.
     """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it notes on standard error we say ourselves
-    # Every thread keeps the kernels of so many shapes, and each length of a text is a shape: of torch's 1024
-    # an agent has a gigabyte after some thousand calls. Generating needs fewer than ten.
+    # Kernels are kept by shape, and each length of a text is a shape: of the 1024 of every thread and the 1024 of
+    # all, an agent has a gigabyte after some thousand calls. Generating needs fewer than ten.
     os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     try:
         ended = app(_placed(command, sys.argv[1:]), standalone_mode=False)
     except errors.KvlinkError as error:

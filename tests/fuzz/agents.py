@@ -32,7 +32,20 @@ NOBODY = "127.0.0.1:9"
 """A receiver that the sender may dial, where nobody listens."""
 STOP_S = 60.0
 OPTIONS = {
-    "receiver": ("--max-held", "100MB", "--max-cache", "20MB", "--resume-lifetime-s", "3", "--wait-s", "3"),
+    "receiver": (
+        "--max-held",
+        "100MB",
+        "--max-cache",
+        "20MB",
+        "--resume-lifetime-s",
+        "3",
+        "--wait-s",
+        "3",
+        "--unused-s",
+        "3",
+        "--cache-lifetime-s",
+        "60",
+    ),
     "sender": ("--max-held", "100MB", "--resume-lifetime-s", "3", "--wait-s", "3"),
 }
 """Bounds that a run of minutes reaches, so that memory has its ceiling early."""
