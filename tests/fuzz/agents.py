@@ -33,21 +33,11 @@ NOBODY = "127.0.0.1:9"
 STOP_S = 60.0
 OPTIONS = {
     "receiver": (
-        "--max-held",
-        "100MB",
-        "--max-cache",
-        "20MB",
-        "--resume-lifetime-s",
-        "3",
-        "--wait-s",
-        "3",
-        "--unused-s",
-        "3",
-        "--cache-lifetime-s",
-        "60",
+        "--max-held", "100MB", "--max-cache", "20MB", "--cache-lifetime-s", "60", "--unused-s", "3",
+        "--resume-lifetime-s", "3", "--wait-s", "3",
     ),
     "sender": ("--max-held", "100MB", "--resume-lifetime-s", "3", "--wait-s", "3"),
-}
+}  # fmt: skip
 """Bounds that a run of minutes reaches, so that memory has its ceiling early."""
 
 
