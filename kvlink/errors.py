@@ -22,11 +22,12 @@
     │   └── CredentialsError  who a peer is was not proven
     └── TransportError        the link or the peer failed
         ├── PeerUnavailableError
+        │   └── StoppingError     the agent is about to end
         └── DeadlineError
 
 Messages say what was expected, what was found, and where. They are one line of bounded length that any
 terminal and log may show: whatever a peer or a file had in it is quoted and cut (`kvlink.quoting`).
-`retryable` says whether the same call can work later without a change.
+`retryable` says whether the same call can work later without a change, `retry_after_s` when to try it.
 
 Does not know: gRPC (the table that maps this tree to status codes is in `transport.status`).
 """
@@ -37,10 +38,14 @@ from kvlink.quoting import LINE, shown
 
 
 class KvlinkError(Exception):
-    """Base of all errors of the package. `reported`: a peer said so itself, the link to it is fine."""
+    """Base of all errors of the package. `reported`: a peer said so itself, the link to it is fine.
+
+    `retry_after_s`: seconds after which to try again, 0 where nobody said.
+    """
 
     retryable = False
     reported = False
+    retry_after_s = 0.0
 
     def __init__(self, message: object = "") -> None:
         super().__init__(shown(message, LINE))
@@ -107,7 +112,7 @@ class LimitError(KvlinkError):
 
 
 class BusyError(LimitError):
-    """No room at this moment. `retry_after_s`: seconds after which to try again."""
+    """No room at this moment."""
 
     retryable = True
 
@@ -136,6 +141,14 @@ class TransportError(KvlinkError):
 
 class PeerUnavailableError(TransportError):
     """No connection, or the peer went away in mid-call."""
+
+
+class StoppingError(PeerUnavailableError):
+    """The agent is about to end: the call may go through in its next life, or elsewhere."""
+
+    def __init__(self, message: str = "the agent is stopping; try again", retry_after_s: float = 2.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineError(TransportError):

@@ -20,6 +20,7 @@ from typing import Any
 from kvlink.errors import ConfigError
 from kvlink.quoting import LINE, json_text, shown
 from kvlink.receipt import Receipt
+from kvlink.tracing import needed, open_tracer
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _PARENT = "traceparent"
@@ -34,10 +35,17 @@ class Observer:
         Raises ConfigError where an extra is missing.
         """
         self.kind = kind
-        self._prometheus: Any = _needed("prometheus_client", "metrics") if metrics else None
+        self._prometheus: Any = needed("prometheus_client", "metrics") if metrics else None
         self._registry: Any = None if self._prometheus is None else self._prometheus.CollectorRegistry()
         self._made: dict[str, Any] = {}
-        self._tracer: Any = tracer or (_tracer(kind, trace_to) if trace_to else None)
+        self._tracer: Any = tracer
+        self._close: Callable[[], None] = lambda: None
+        if trace_to and tracer is None:
+            self._tracer, self._close = open_tracer(kind, trace_to)
+
+    def close(self) -> None:
+        """Send the last spans, within a few seconds."""
+        self._close()
 
     def count(self, name: str, help_text: str, value: float = 1, **labels: str) -> None:
         """Add to a counter."""
@@ -104,8 +112,8 @@ class Observer:
         if self._tracer is None:
             yield told
             return
-        propagation = _needed("opentelemetry.trace.propagation.tracecontext", "trace")
-        trace = _needed("opentelemetry.trace", "trace")
+        propagation = needed("opentelemetry.trace.propagation.tracecontext", "trace")
+        trace = needed("opentelemetry.trace", "trace")
         carrier = {_PARENT: parent} if parent else {}
         made = propagation.TraceContextTextMapPropagator()
         plain = {key: _attribute(value) for key, value in attributes.items()}
@@ -144,26 +152,6 @@ def current_parent() -> str:
     carrier: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(carrier)
     return carrier.get(_PARENT, "")
-
-
-def _needed(module: str, extra: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"this needs the extra {extra!r}: pip install 'kvlink[{extra}]'") from error
-
-
-def _tracer(kind: str, trace_to: str) -> Any:
-    """A tracer whose spans are sent in batches. Raises ConfigError where the extra is missing."""
-    sdk = _needed("opentelemetry.sdk.trace", "trace")
-    export = _needed("opentelemetry.sdk.trace.export", "trace")
-    otlp = _needed("opentelemetry.exporter.otlp.proto.http.trace_exporter", "trace")
-    resources = _needed("opentelemetry.sdk.resources", "trace")
-    provider = sdk.TracerProvider(resource=resources.Resource.create({"service.name": f"kvlink-{kind}"}))
-    provider.add_span_processor(export.BatchSpanProcessor(otlp.OTLPSpanExporter(endpoint=trace_to)))
-    return provider.get_tracer("kvlink")
 
 
 def _told(value: Any, depth: int = 3) -> Any:

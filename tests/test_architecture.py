@@ -17,7 +17,7 @@ PACKAGE = ROOT / "kvlink"
 
 LEVELS = {
     "_release": 0, "bounds": 0, "defaults": 0, "errors": 0, "files": 0, "observe": 0, "quoting": 0, "codecs": 0,
-    "recipe": 0, "payload": 0, "receipt": 0, "cache": 0, "sketch": 0, "profile": 0, "texts": 0, "v1": 0,
+    "recipe": 0, "payload": 0, "receipt": 0, "cache": 0, "sketch": 0, "profile": 0, "texts": 0, "tracing": 0, "v1": 0,
     "compress": 1, "wire": 1,
     "model": 2, "transport": 2, "plan": 2,
     "agent": 3,
@@ -41,6 +41,7 @@ SAME_LEVEL = {
 FORBIDDEN = {
     "bounds": {"torch", "grpc", "google", "asyncio", "transformers", "numpy", "kvlink"},
     "quoting": {"torch", "grpc", "google", "asyncio", "transformers", "numpy", "rich"},
+    "tracing": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
     "texts": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
     "files": {"torch", "grpc", "google", "asyncio", "transformers", "numpy", "json"},
     "errors": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},

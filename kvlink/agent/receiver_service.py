@@ -101,13 +101,10 @@ class ReceiverService:
                     async for status in statuses:
                         yield status
             except (TruncatedError, BusyError, asyncio.CancelledError, GeneratorExit):
-                # Resumable: the sweep ends it if nobody comes.
-                log.info(
-                    "transfer cut at frame %d",
-                    incoming.intake.session.next_sequence,
-                    extra=log_fields(incoming),
-                )
-                if incoming.feeder is me:
+                # Resumable: the sweep ends it if nobody comes. Who leaves after the end has cut nothing.
+                if incoming.feeder is me and incoming.state == "accepted":
+                    where = incoming.intake.session.next_sequence
+                    log.info("transfer cut at frame %d", where, extra=log_fields(incoming))
                     self.arrivals.drop(incoming)
                 raise
             except Exception as error:

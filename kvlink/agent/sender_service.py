@@ -274,9 +274,7 @@ class SenderService:
                 raise RemoteProtocolError(f"{address}: the receiver ended the call before it was complete")
             except (TransportError, BusyError) as error:
                 failed += 1
-                pause_s = self.settings.retry_pause_s * failed
-                if isinstance(error, BusyError):
-                    pause_s = max(pause_s, error.retry_after_s)
+                pause_s = max(self.settings.retry_pause_s * failed, error.retry_after_s)
                 spent = time.perf_counter() - began + pause_s
                 if failed >= self.settings.attempts or spent > last_s:
                     raise

@@ -25,6 +25,9 @@ _LIMITS = Limits()
 _MEMORY_BYTES, _DISK_BYTES = 8_000_000_000, 16_000_000_000
 _LIFETIME_S, _RESUME_S = 3600.0, 120.0
 _WAITING, _WAIT_S = 64, 10.0
+_STOP_S = 8.0
+"""Inside of the 10 s after which a container runtime kills."""
+_STOP_HELP = "Seconds from SIGTERM to the end of the process, whatever is at work."
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class ReceiverSettings:
     max_waiting: int = setting(_WAITING, "Callers that may wait for a place.")
     wait_s: float = setting(_WAIT_S, "Seconds that they wait at most.")
     max_new_tokens: int = setting(1024, "Tokens of one answer.", least=1)
+    stop_s: float = setting(_STOP_S, _STOP_HELP, least=1)
     staging: Path | None = setting(None, "Folder where transfers outlive a restart of the agent.")
     max_staged_bytes: int = setting(_DISK_BYTES, "Bytes of that folder.", least=1)
 
@@ -105,6 +109,7 @@ class SenderSettings:
     max_peer_reads: int = setting(0, "Of them for one peer; 0: half.")
     max_waiting: int = setting(_WAITING, "Callers that may wait for a place.")
     wait_s: float = setting(_WAIT_S, "Seconds that they wait at most.")
+    stop_s: float = setting(_STOP_S, _STOP_HELP, least=1)
     peers: tuple[str, ...] = setting(
         (), "Receiver that may be dialled, as host:port with * for any letters; repeat.", option="peer"
     )

@@ -99,7 +99,8 @@ def main(command: str = "") -> None:
     try:
         ended = app(_placed(command, sys.argv[1:]), standalone_mode=False)
     except errors.KvlinkError as error:
-        note(f"kvlink: {type(error).__name__}: {error}")
+        hint = f" (in {error.retry_after_s:g} s)" if error.retry_after_s else ""
+        note(f"kvlink: {type(error).__name__}: {error}{hint}")
         raise SystemExit(exit_code(error)) from None
     except _UsageError as error:
         if type(error).__name__ != "NoArgsIsHelpError":  # that has said its part

@@ -15,6 +15,7 @@ import typer
 from kvlink import errors
 from kvlink.agent.settings import ReceiverSettings, SenderSettings
 from kvlink.cli.common import credentials, quiet, run, set_up_log
+from kvlink.cli.ending import end_while_loading, end_within
 from kvlink.cli.kinds import AddressText
 from kvlink.cli.options import (
     Attention,
@@ -53,6 +54,7 @@ def receiver(
     **bounds: Any,
 ) -> None:
     """Run a receiver: it takes caches and answers from them."""
+    end_while_loading()
     set_up_log(log_level, log_format)
     proof = _proof(listen, creds, insecure)
     settings = settings_from(ReceiverSettings, bounds)
@@ -66,7 +68,7 @@ def receiver(
             Receiver(model, device=device, dtype=dtype, attention=attention), settings, observer
         )
 
-    _serve("receiver", listen, model, make, proof, insecure, metrics, trace_to)
+    _serve("receiver", listen, model, make, proof, insecure, metrics, trace_to, settings.stop_s)
 
 
 @has_settings(SenderSettings)
@@ -85,6 +87,7 @@ def sender(
     **bounds: Any,
 ) -> None:
     """Run a sender: it reads contexts and delivers what questions need of them."""
+    end_while_loading()
     set_up_log(log_level, log_format)
     proof = _proof(listen, creds, insecure)
     settings = settings_from(SenderSettings, bounds, insecure=insecure, credentials=proof)
@@ -98,7 +101,7 @@ def sender(
             Sender(model, device=device, dtype=dtype, attention=attention), settings, observer
         )
 
-    _serve("sender", listen, model, make, proof, insecure, metrics, trace_to)
+    _serve("sender", listen, model, make, proof, insecure, metrics, trace_to, settings.stop_s)
 
 
 def _proof(listen: str, creds: Path | None, insecure: bool) -> Any:
@@ -120,6 +123,7 @@ def _serve(
     insecure: bool,
     metrics: str,
     trace_to: str,
+    stop_s: float,
 ) -> None:
     """Run an agent until it is told to stop."""
     from kvlink.transport.address import Address
@@ -138,12 +142,18 @@ def _serve(
     async def serve() -> None:
         service = make(observer)
         handler: Any = {kind: service}
-        await Server(listen, **handler, insecure=insecure, credentials=proof).run(started, service.sweep)
+        server = Server(listen, **handler, insecure=insecure, credentials=proof)
+        await server.run(started, service.sweep, lambda: end_within(stop_s), stop_s * _DRAIN)
 
     try:
         run(serve())
     finally:
         stop_metrics()
+        observer.close()
+
+
+_DRAIN = 0.6
+"""Of the time to stop; the rest is for last words, threads and spans."""
 
 
 At = Annotated[str, typer.Argument(parser=AddressText(), metavar="HOST:PORT", help="Address of the agent.")]

@@ -9,13 +9,13 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import unquote
 
 import grpc
 
-from kvlink.errors import CredentialsError, InputError, KvlinkError, RemoteProtocolError
+from kvlink.errors import CredentialsError, InputError, KvlinkError, RemoteProtocolError, StoppingError
 from kvlink.transport.api import Caller
 from kvlink.transport.certs import NAME
 from kvlink.transport.credentials import Credentials
@@ -36,11 +36,73 @@ ASKED_BY = "kvlink-asked-by"
 _MAX_READERS = 16
 
 
+class InFlight:
+    """The calls of one agent that are at work, and how they end when it stops. For one event loop."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._stopping = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._cut: asyncio.Future[None] | None = None
+
+    @property
+    def cut_off(self) -> asyncio.Future[None]:
+        """Done once calls are not waited for any longer."""
+        if self._cut is None:
+            self._cut = asyncio.get_running_loop().create_future()
+        return self._cut
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Around a call. Raises StoppingError where it came too late."""
+        if self._stopping:
+            raise StoppingError()
+        self._count += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._count -= 1
+            if not self._count:
+                self._idle.set()
+
+    async def stop(self, drain_s: float) -> int:
+        """Refuse new calls, let the others end within `drain_s`, cut off the rest; how many those were."""
+        self._stopping = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), drain_s)
+        if not self.cut_off.done():
+            self.cut_off.set_result(None)
+        return self._count
+
+    async def result(self, work: Awaitable[Any]) -> Any:
+        """What `work` gives. Raises StoppingError where it is cut off; what it does is then left alone."""
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task, self.cut_off}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            raise
+        if not task.done():
+            _leave(task)
+            raise StoppingError()
+        return task.result()
+
+
+def _leave(task: asyncio.Future[Any]) -> None:
+    """Cancel without waiting: a thread cannot be stopped half-way, and the process is about to end."""
+    task.cancel()
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
 class Guard:
     """Finds out who calls, and whether they may. Without credentials everybody is nobody, and may."""
 
     def __init__(self, credentials: Credentials | None) -> None:
         self._credentials = credentials
+        self.calls = InFlight()
 
     def caller(self, context: Any, method: str) -> Caller:
         """Raises CredentialsError, AccessError, InputError."""
@@ -127,8 +189,9 @@ def unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]
 
     async def call(self: Any, request: Any, context: Any) -> Any:
         try:
-            caller = self.guard.caller(context, method.__name__)
-            return await method(self, _checked(request), caller)
+            with self.guard.calls.one():
+                caller = self.guard.caller(context, method.__name__)
+                return await self.guard.calls.result(method(self, _checked(request), caller))
         except Exception as error:
             await _refuse(context, error)
 
@@ -144,11 +207,13 @@ def stream(beat: Any = None) -> Callable[[Callable[..., AsyncIterator[Any]]], An
     def decorate(method: Callable[..., AsyncIterator[Any]]) -> Any:
         async def call(self: Any, request: Any, context: Any) -> AsyncGenerator[Any, None]:
             try:
-                caller = self.guard.caller(context, method.__name__)
-                answers = method(self, _checked(request), caller)
-                async with contextlib.aclosing(alive(answers, beat)) as messages:
-                    async for message in messages:
-                        yield message
+                with self.guard.calls.one():
+                    caller = self.guard.caller(context, method.__name__)
+                    answers = method(self, _checked(request), caller)
+                    living = alive(answers, beat, self.guard.calls.cut_off)
+                    async with contextlib.aclosing(living) as messages:
+                        async for message in messages:
+                            yield message
             except Exception as error:
                 await _refuse(context, error)
 
@@ -157,13 +222,22 @@ def stream(beat: Any = None) -> Callable[[Callable[..., AsyncIterator[Any]]], An
     return decorate
 
 
-async def alive(answers: AsyncIterator[Any], beat: Callable[[], Any] | None) -> AsyncGenerator[Any, None]:
-    """`answers`, and a `beat()` after each `BEAT_S` without one. Closes `answers` when it is left."""
+async def alive(
+    answers: AsyncIterator[Any], beat: Callable[[], Any] | None, cut_off: asyncio.Future[None]
+) -> AsyncGenerator[Any, None]:
+    """`answers`, and a `beat()` after each `BEAT_S` without one. Closes `answers` when it is left.
+
+    Raises StoppingError once they are cut off, and leaves them alone then.
+    """
     pending: asyncio.Future[Any] | None = None
     try:
         while True:
             pending = pending or asyncio.ensure_future(anext(answers))
-            await asyncio.wait({pending}, timeout=BEAT_S if beat else None)
+            await asyncio.wait(
+                {pending, cut_off}, timeout=BEAT_S if beat else None, return_when=asyncio.FIRST_COMPLETED
+            )
+            if cut_off.done():
+                raise StoppingError()
             if not pending.done():
                 yield beat()  # type: ignore[misc]
                 continue
@@ -175,6 +249,8 @@ async def alive(answers: AsyncIterator[Any], beat: Callable[[], Any] | None) -> 
             yield message
     finally:
         if pending is not None:
-            pending.cancel()
-            await asyncio.gather(pending, return_exceptions=True)
-        await answers.aclose()  # type: ignore[attr-defined]
+            _leave(pending)
+        if not cut_off.done():
+            if pending is not None:
+                await asyncio.gather(pending, return_exceptions=True)
+            await answers.aclose()  # type: ignore[attr-defined]

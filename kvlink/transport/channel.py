@@ -249,9 +249,10 @@ class Client:
                 return
             except PeerUnavailableError as error:
                 failed += 1
-                if error.reported or failed >= ATTEMPTS or time.monotonic() > until:
+                told_so = error.reported and not error.retry_after_s
+                if told_so or failed >= ATTEMPTS or time.monotonic() > until:
                     raise
-                await asyncio.sleep(0.25 * failed)
+                await asyncio.sleep(max(0.25 * failed, error.retry_after_s))
 
     async def capabilities(self) -> Capabilities:
         """What the agent is and can do."""

@@ -9,6 +9,7 @@ Does not know: models, codecs, what a frame says. Place on the path: the edge of
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -36,6 +37,8 @@ log = logging.getLogger("kvlink.transport")
 
 _THREADS = 64
 _SWEEP_S = 5.0
+_TELL_S = 1.0
+"""For the last words of calls that are cut off."""
 _OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE.most),
     ("grpc.so_reuseport", 0),
@@ -207,6 +210,7 @@ class Server:
             self._at.check_open(insecure)
         self._credentials = credentials
         guard = Guard(credentials)
+        self._calls = guard.calls
         self._server = grpc.aio.server(options=_OPTIONS)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -242,27 +246,34 @@ class Server:
         log.info("listening on %s (%s; %s)", replace(self._at, port=self.port), ", ".join(self._names), how)
         return self.port
 
-    async def stop(self, grace_s: float = 5.0) -> None:
-        """Say NOT_SERVING, let calls in flight end within `grace_s`, then close."""
+    async def stop(self, drain_s: float = 5.0) -> None:
+        """Say NOT_SERVING, refuse new calls, let those in flight end within `drain_s`, cut off the rest.
+
+        Whoever is refused or cut off is told to try again, and when. 0: close at once.
+        """
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
+        if drain_s and (left := await self._calls.stop(drain_s)):
+            log.warning("%d calls did not end within %g s and are cut off", left, drain_s)
+        await self._server.stop(min(drain_s, _TELL_S))
 
     async def run(
-        self, started: Callable[[int], None], sweep: Callable[[], None], grace_s: float = 5.0
+        self,
+        started: Callable[[int], None],
+        sweep: Callable[[], None],
+        stopping: Callable[[], None] = lambda: None,
+        drain_s: float = 5.0,
     ) -> None:
-        """Serve until SIGINT or SIGTERM, then stop gracefully. `sweep` is called every few seconds."""
+        """Serve until SIGINT or SIGTERM, then stop. `sweep` is called every few seconds, `stopping` once."""
         loop = asyncio.get_running_loop()
         # A generation holds a thread while it streams; frames must still find one.
         loop.set_default_executor(ThreadPoolExecutor(_THREADS))
-        port = await self.start()
-        stopping = asyncio.Event()
+        told = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stopping.set)
-        started(port)
-        while not stopping.is_set():
+            loop.add_signal_handler(number, told.set)
+        started(await self.start())
+        while not told.is_set():
             sweep()
-            try:
-                await asyncio.wait_for(stopping.wait(), _SWEEP_S)
-            except TimeoutError:
-                continue
-        await self.stop(grace_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(told.wait(), _SWEEP_S)
+        stopping()
+        await self.stop(drain_s)

@@ -39,6 +39,7 @@ CODES: dict[type[KvlinkError], grpc.StatusCode] = {
     errors.CredentialsError: grpc.StatusCode.UNAUTHENTICATED,
     errors.TransportError: grpc.StatusCode.UNAVAILABLE,
     errors.PeerUnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.StoppingError: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 
@@ -75,7 +76,7 @@ def to_status(error: KvlinkError) -> grpc.Status:
             metadata={"retryable": str(error.retryable).lower()},
         )
     )
-    if isinstance(error, errors.BusyError):
+    if error.retry_after_s:
         hint = error_details_pb2.RetryInfo()
         hint.retry_delay.FromMilliseconds(round(1000 * error.retry_after_s))
         proto.details.add().Pack(hint)
@@ -109,7 +110,7 @@ def from_rpc_error(error: grpc.RpcError, peer: str) -> KvlinkError:
         if detail.Unpack(info) and info.domain == _DOMAIN and info.reason in _BY_NAME:
             found = _BY_NAME[info.reason](f"{peer}: {proto.message}")
             found.reported = True
-        elif detail.Unpack(hint) and isinstance(found, errors.BusyError):
+        elif detail.Unpack(hint) and found is not None:
             found.retry_after_s = min(max(0.0, hint.retry_delay.ToMilliseconds() / 1000), _MOST_RETRY_S)
     if found is not None:
         return found

@@ -443,3 +443,21 @@ async def test_a_cache_that_expires_under_a_generation_is_wiped_after_it(pair):
     text += "".join([piece.text async for piece in pieces])
     assert text.strip() == expected, "the answer is whole"
     assert all(not torch.any(layer.keys) and not torch.any(layer.values) for layer in held.cache.layers)
+
+
+async def test_who_leaves_after_the_end_has_cut_nothing(sender, frames, caplog):
+    caplog.set_level("INFO")
+    service = ReceiverService(Receiver(sender.lm))
+
+    async def stream():
+        for frame in frames:
+            yield frame
+
+    statuses = service.push_cache(stream())
+    async for status in statuses:
+        if status.state == "complete":
+            break
+    await statuses.aclose()
+    said = [record.message for record in caplog.records]
+    assert any(line.startswith("transfer complete") for line in said)
+    assert not any("cut" in line for line in said)
