@@ -25,7 +25,7 @@ from kvlink.errors import (
     RemoteProtocolError,
     TruncatedError,
 )
-from kvlink.transport.api import Ask, Delivery, Fetch
+from kvlink.transport.api import Ask, Delivery, Fetch, PushStatus
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.server import Server
 from tests.agent.conftest import QUESTION, TEXT, answer, feed
@@ -288,7 +288,23 @@ class TestEnds:
 
     async def test_two_streams_at_once_give_one_cache(self, sender, frames):
         service = ReceiverService(Receiver(sender.lm))
-        found = await asyncio.gather(*(feed(service, frames) for _ in range(3)), return_exceptions=True)
+
+        async def push() -> list[PushStatus]:
+            accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+            async def stream():
+                yield frames[0]
+                for frame in frames[await accepted :]:  # from where this stream was told
+                    yield frame
+
+            statuses = []
+            async for status in service.push_cache(stream()):
+                statuses.append(status)
+                if not accepted.done():
+                    accepted.set_result(status.next_sequence)
+            return statuses
+
+        found = await asyncio.gather(*(push() for _ in range(3)), return_exceptions=True)
         ends = [statuses[-1] for statuses in found if isinstance(statuses, list) and statuses]
         done = {status.cache_id for status in ends if status.state == "complete"}
         assert len(done) == 1
