@@ -250,9 +250,10 @@ class Client:
             except PeerUnavailableError as error:
                 failed += 1
                 told_so = error.reported and not error.retry_after_s
-                if told_so or failed >= ATTEMPTS or time.monotonic() > until:
+                pause_s = max(0.25 * failed, error.retry_after_s)
+                if told_so or failed >= ATTEMPTS or time.monotonic() + pause_s > until:
                     raise
-                await asyncio.sleep(max(0.25 * failed, error.retry_after_s))
+                await asyncio.sleep(pause_s)
 
     async def capabilities(self) -> Capabilities:
         """What the agent is and can do."""
