@@ -362,11 +362,11 @@ async def test_only_its_owner_and_who_asked_for_it_removes_anything(network, who
                         "cache": lambda: peer.delete_cache(cache_id),
                         "context": lambda: peer.unpublish(context_id),
                         "transfer": lambda: peer._unary(
-                            peer._method("CancelTransfer"),
+                            "CancelTransfer",
                             receiver_pb2.CancelTransferRequest(transfer_id=begun),
                         ),
                         "delivery": lambda: peer._unary(
-                            peer._method("CancelDelivery"),
+                            "CancelDelivery",
                             sender_pb2.CancelDeliveryRequest(delivery_id=begun),
                         ),
                     }[call]()
