@@ -127,7 +127,7 @@ class Intake:
             lm.sketch.require_match(manifest.sketch)
             self._profile = self._find_profile(manifest.recipe)
         # Coded bytes and the rebuilt cache exist together for a moment.
-        self.needed_bytes = 2 * own_shape.cache_bytes
+        self.needed_bytes = 2 * own_shape.cache_bytes + lm.reading_bytes(manifest.text_bytes)
 
     def _check_prompt(self, there: Prompt) -> None:
         """Refuse what this model's own template does not write around a context after these earlier turns."""

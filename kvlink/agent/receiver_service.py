@@ -172,6 +172,7 @@ class ReceiverService:
         most = self.settings.max_new_tokens
         if ask.max_new_tokens > most:
             raise ContextError(f"max_new_tokens is at most {most} here, got {ask.max_new_tokens}")
+        self._receiver.lm.require_room("the question", ask.question)
         await self.arrivals.recall_cache(ask.cache_id)
         with self.store.lease(ask.cache_id, caller.name) as held:  # stays whole until the last token
 

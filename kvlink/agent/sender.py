@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import secrets
 import struct
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,18 @@ from kvlink.wire.session import CHUNK_BYTES, SendSession, segment_of
 DRAFT_TOKENS = 24
 _FIT_ROUNDS = 6
 _COUNTED = ("ratio", "count")
+_ID_BYTES = 36
+"""Of a token's id in a list."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A text in tokens, with what stands around it. `cache_bytes`: what reading it will take."""
+
+    text: str
+    prompt: Prompt
+    ids: list[int]
+    cache_bytes: int
 
 
 @dataclass(slots=True)
@@ -72,7 +85,7 @@ class Context:
 
     @property
     def nbytes(self) -> int:
-        return self.cache.nbytes + len(self.text) + 4 * len(self.ids)
+        return self.cache.nbytes + sys.getsizeof(self.text) + _ID_BYTES * len(self.ids)
 
     def wipe(self) -> None:
         """Zero the cache and forget the text; nobody may be using it."""
@@ -119,17 +132,21 @@ class Sender:
 
     def read(self, text: str, turns: Sequence[Turn] = ()) -> Context:
         """Prefill `text`. Raises ContextError where it is empty or larger than the window."""
+        return self.prefill(self.cut(text, turns))
+
+    def cut(self, text: str, turns: Sequence[Turn] = ()) -> Cut:
+        """A text in tokens. Raises ContextError where it is empty or larger than the window."""
+        self.lm.require_room("the context", text, *(turn.content for turn in turns))
         prompt = self.lm.template.prompt(turns)
         ids = self.lm.context_ids(text, prompt)
-        began = time.perf_counter()
-        cache = prefill(self.lm, ids)
-        _require_finite(cache)
-        return Context(text, ids, prompt, cache, time.perf_counter() - began)
+        return Cut(text, prompt, ids, cache_shape(self.lm, len(ids)).cache_bytes)
 
-    def cache_bytes(self, text: str, turns: Sequence[Turn] = ()) -> int:
-        """Bytes of the cache that reading `text` will make. Raises ContextError as `read` does."""
-        ids = self.lm.context_ids(text, self.lm.template.prompt(turns))
-        return cache_shape(self.lm, len(ids)).cache_bytes
+    def prefill(self, cut: Cut) -> Context:
+        """Read a text that was cut."""
+        began = time.perf_counter()
+        cache = prefill(self.lm, cut.ids)
+        _require_finite(cache)
+        return Context(cut.text, cut.ids, cut.prompt, cache, time.perf_counter() - began)
 
     def answer(self, context: Context, question: str, **options: float) -> Answer:
         """What the sender itself answers, from its full cache."""

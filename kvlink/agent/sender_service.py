@@ -34,6 +34,7 @@ from kvlink.errors import (
     AccessError,
     BusyError,
     IdentityError,
+    InputError,
     KvlinkError,
     LimitError,
     NotFoundError,
@@ -99,13 +100,9 @@ class SenderService:
     ) -> Published:
         """Read a text and hold it for its publisher and the readers that were named."""
         earlier = [Turn(role, content) for role, content in turns]
-        with await self._work.enter(caller.account):
-            needed = await to_thread(self._needed, text, earlier)
-            self.store.reserve(needed, Whose.left_by(caller))
-            try:
-                context = await self._read(text, earlier)
-            finally:
-                self.store.release(needed, Whose.left_by(caller))
+        self._check_length("the context", text, *(turn.content for turn in earlier))
+        with await self._work.enter(caller.account), ExitStack() as held:
+            context = await self._read(text, earlier, Whose.left_by(caller), held)
         key = self.store.put(context, context.nbytes, lifetime_s, whose=Whose.left_by(caller))
         lasting = self.store.granted_s(lifetime_s)
         return Published(key, context.cache.tokens, context.cache.nbytes, context.prefill_s, int(lasting))
@@ -121,6 +118,7 @@ class SenderService:
     async def fetch_cache(self, fetch: Fetch, caller: Caller = NOBODY) -> AsyncGenerator[bytes, None]:
         """Frames of a published context, reduced for the caller's question, from where it says."""
         key = fetch.transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES)
+        self._check_length("the question", fetch.question)
         if fetch.next_sequence and await to_thread(self.outbox.peek, key, caller.name) is None:
             raise NotFoundError("the transfer is not here any more; fetch again from frame 0")
         chosen = self._recipe(fetch.recipe, fetch.wish)
@@ -131,7 +129,10 @@ class SenderService:
 
             packed = await self.outbox.get(key, caller.name, _digest(replace(fetch, next_sequence=0)), pack)
         try:
-            for frame in packed.transfer.frames[fetch.next_sequence :] if packed.transfer else ():
+            frames = packed.transfer.frames if packed.transfer else ()
+            if fetch.next_sequence > len(frames):
+                raise InputError(f"frame {fetch.next_sequence} of a transfer of {len(frames)} frames")
+            for frame in frames[fetch.next_sequence :]:
                 yield frame
         finally:
             self.outbox.leave(packed)
@@ -141,6 +142,8 @@ class SenderService:
     ) -> AsyncGenerator[Progress, None]:
         """Pack, dial the receiver, compare identities, push; then say what it cost."""
         delivery = replace(delivery, receiver=self._allow(delivery.receiver))
+        self._check_length("the question", delivery.question)
+        self._check_length("the context", delivery.text)
         recipe = self._recipe(delivery.recipe, delivery.wish)
         if delivery.explain and delivery.context_id:
             raise AccessError(
@@ -324,15 +327,22 @@ class SenderService:
             lm.sketch.require_match(there.sketch)
         return there
 
-    def _needed(self, text: str, turns: list[Turn]) -> int:
-        """Bytes that reading a text will take. Raises LimitError, ContextError."""
-        size = len(text.encode())
+    def _check_length(self, what: str, *texts: str) -> None:
+        """Refuse by its length a text that cannot be read here. Raises LimitError, ContextError."""
+        self._sender.lm.require_room(what, *texts)
+        size = sum(len(text.encode()) for text in texts)
         if size > self.settings.max_text_bytes:
             raise LimitError(f"at most {self.settings.max_text_bytes} bytes of text, got {size}")
-        return self._sender.cache_bytes(text, turns)
 
-    async def _read(self, text: str, turns: list[Turn] | None = None) -> Context:
-        context = await to_thread(self._sender.read, text, turns or [])
+    async def _read(self, text: str, turns: list[Turn], whose: Whose, held: ExitStack) -> Context:
+        """Cut and read a text, with room promised for its tokens and then its cache until `held` is left."""
+
+        texts = (text, *(turn.content for turn in turns))
+        reading = self._sender.lm.reading_bytes(*(len(t.encode()) for t in texts))
+        held.enter_context(self.store.promised(reading, whose))
+        cut = await to_thread(self._sender.cut, text, turns)
+        held.enter_context(self.store.promised(cut.cache_bytes, whose))
+        context = await to_thread(self._sender.prefill, cut)
         self._prefill_tokens_per_s = context.cache.tokens / max(context.prefill_s, 1e-9)
         return context
 
@@ -374,10 +384,8 @@ class _Contexts:
                 )
             else:
                 with await service._work.enter(self._caller.account):
-                    needed = await to_thread(service._needed, told.text, [])
-                    service.store.reserve(needed, Whose.left_by(self._caller))
-                    self._held.callback(service.store.release, needed, Whose.left_by(self._caller))
-                    self._found = await service._read(told.text)
+                    whose = Whose.left_by(self._caller)
+                    self._found = await service._read(told.text, [], whose, self._held)
                 self._held.callback(self._found.wipe)
                 self.prefill_s = self._found.prefill_s
         return self._found

@@ -151,6 +151,15 @@ class Store(Generic[T]):
             self._reserved[whose.account] -= nbytes
             self._reserved = +self._reserved  # without those that have none
 
+    @contextmanager
+    def promised(self, nbytes: int, whose: Whose = NOBODYS) -> Iterator[None]:
+        """Room for something that is there until the block is left. Raises LimitError, BusyError."""
+        self.reserve(nbytes, whose)
+        try:
+            yield
+        finally:
+            self.release(nbytes, whose)
+
     @property
     def held_bytes(self) -> int:
         with self._lock:

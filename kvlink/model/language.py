@@ -11,7 +11,7 @@ from typing import Any
 
 from kvlink.cache import DTYPES
 from kvlink.errors import ContextError
-from kvlink.model.room import most_text_bytes, require_room
+from kvlink.model.room import most_text_bytes, reading_bytes, require_few_tokens, require_room
 from kvlink.model.template import Template, Turn
 from kvlink.model.tokens import Encoder, encoder_for
 from kvlink.model.traits import Traits
@@ -57,6 +57,14 @@ class LanguageModel:
         """UTF-8 bytes of text that can fit into the window."""
         return most_text_bytes(self.tokenizer, self.window)
 
+    def require_room(self, what: str, *texts: str) -> None:
+        """Raise ContextError where texts are together too long for the window, by their bytes alone."""
+        require_room(self.tokenizer, self.window, what, *texts)
+
+    def reading_bytes(self, *texts: int) -> int:
+        """Memory that texts of so many bytes take while they are cut, beside the cache."""
+        return reading_bytes(self.window, *texts)
+
     @property
     def encoder(self) -> Encoder:
         return encoder_for(self.tokenizer, self.template.source)
@@ -90,7 +98,8 @@ class LanguageModel:
         """
         if not question.strip():
             raise ContextError("the question is empty")
-        require_room(self.tokenizer, self.window, question, "the question")
+        self.require_room("the question", question)
+        require_few_tokens(self.encoder.ids, self.window, "the question", question)
         encoder, template = self.encoder, self.template
         asked = encoder.own(template.ask_before) + question + encoder.own(template.ask_after)
         ids = self._readable(encoder.ids(asked, before=self._context_text("x", template.prompt())))
@@ -109,8 +118,10 @@ class LanguageModel:
     def _context_text(self, text: str, prompt: Prompt) -> str:
         """before · context · after as the encoder takes it."""
         encoder = self.encoder
-        around = "".join(turn.content for turn in prompt.turns) if prompt.turns else prompt.before.decode()
-        require_room(self.tokenizer, self.window, around + text, "the context")
+        around = [turn.content for turn in prompt.turns] if prompt.turns else [prompt.before.decode()]
+        self.require_room("the context", text, *around)
+        for part in (text, *around):
+            require_few_tokens(encoder.ids, self.window, "the context", part)
         if prompt.turns:
             guarded = [Turn(turn.role, encoder.guard(turn.content)) for turn in prompt.turns]
             before = self.template.opening(guarded)

@@ -7,6 +7,7 @@ Does not know: prompts, peers. Place on the path: in front of the tokenizer.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sized
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,12 +37,43 @@ def most_text_bytes(tokenizer: Any, window: int) -> int:
     return min(window * longest_token_bytes(tokenizer), bounds.TEXT.most)
 
 
-def require_room(tokenizer: Any, window: int, text: str, what: str) -> None:
-    """Raise ContextError where `text` has half a character, or is too long for the window whatever its
-    tokens are."""
+def require_room(tokenizer: Any, window: int, what: str, *texts: str) -> None:
+    """Raise ContextError where texts have half a character, or are together too long for the window whatever
+    their tokens are."""
     most = most_text_bytes(tokenizer, window)
-    size = len(text) if len(text) > most else len(whole(text, what).encode())
+    size = sum(map(len, texts))
+    if size <= most:
+        size = sum(len(whole(text, what).encode()) for text in texts)
     if size > most:
         raise ContextError(
             f"{what} has {size:,} bytes or more; the model's window {window} holds at most {most:,}"
         )
+
+
+def require_few_tokens(cut: Callable[[str], Sized], window: int, what: str, text: str) -> None:
+    """Raise ContextError as soon as pieces of `text` have clearly more tokens than the window.
+
+    So no text costs more than cutting a little more than a window. A text of few characters is not looked
+    at: cutting it all is as cheap. `cut`: the tokens of a piece.
+    """
+    if len(text) <= _SURELY_CHEAP * window:
+        return
+    most, count = window + window // 4 + 64, 0  # a seam between two pieces may add a few
+    for start in range(0, len(text), _PIECE):
+        count += len(cut(text[start : start + _PIECE]))
+        if count > most:
+            raise ContextError(
+                f"{what} has {count:,} tokens or more: that is more than the model's window of {window}"
+            )
+
+
+def reading_bytes(window: int, *texts: int) -> int:
+    """Memory that texts of so many bytes and their tokens take while they are cut, about."""
+    size = sum(texts)
+    return 4 * size + _TOKEN_BYTES * min(size, 2 * window)
+
+
+_PIECE = 16_384
+_SURELY_CHEAP = 4
+_TOKEN_BYTES = 1_000
+"""Of one token while a text is cut: ids, offsets and marks, in the tokenizer's form and in Python's."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvlink.errors import ContextError
 from kvlink.model.loading import load
-from kvlink.model.room import longest_token_bytes, most_text_bytes
+from kvlink.model.room import longest_token_bytes, most_text_bytes, require_few_tokens
 
 
 class Watched:
@@ -82,3 +82,40 @@ def test_what_fits_the_window_fits_the_bound(text):
 def test_halves_of_characters_are_named(tiny, half):
     with pytest.raises(ContextError, match="the question is not whole"):
         tiny.question_ids(half, 0)
+
+
+def test_a_text_of_too_many_tokens_costs_no_more_than_a_little_more_than_the_window(tiny):
+    """Within the bound of bytes, where the window is long and tokens are short: cut piece by piece, and no further."""
+    cut: list[int] = []
+
+    def ids(piece: str) -> list[int]:
+        found = tiny.encoder.ids(piece)
+        cut.append(len(found))
+        return found
+
+    with pytest.raises(ContextError, match="tokens or more: that is more than the model's window of 30000"):
+        require_few_tokens(ids, 30_000, "the context", "1 2 " * 1_000_000)
+    assert sum(cut) < 1.25 * 30_000 + max(cut) + 100
+
+
+PIECES = {
+    "words": "Jand Faris was born in Nibo. ",
+    "one letter": "a",
+    "wide letters": "世界",
+    "markers": "<|endoftext|>",
+    "spaces": "   x ",
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_a_text_that_just_fits_is_never_taken_for_too_long(tiny, name):
+    text = PIECES[name] * (200_000 // len(PIECES[name]))
+    window = len(tiny.encoder.ids(text))
+    require_few_tokens(tiny.encoder.ids, window, "the context", text)
+    require_few_tokens(lambda piece: [0] * (len(piece) // 4), window, "the context", text[: 4 * window])
+
+
+def test_memory_of_a_text_has_the_window_for_its_bound(tiny):
+    assert tiny.reading_bytes(0) == 0
+    assert tiny.reading_bytes(100, 20) > 120 * 100
+    assert tiny.reading_bytes(10**6) - 4 * 10**6 == tiny.reading_bytes(10**7) - 4 * 10**7
