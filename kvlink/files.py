@@ -55,7 +55,7 @@ def whole_file(path: Path, *, mode: int | None = None, durable: bool = True) -> 
     """
     place = Path(os.path.realpath(path))
     beside = place.with_name(f".kvlink-{secrets.token_hex(8)}.new")
-    with _signals_raise(), _removed_unless_renamed(beside):
+    with signals_raise(), _removed_unless_renamed(beside):
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
         try:
             if mode is None:
@@ -79,7 +79,7 @@ def _removed_unless_renamed(beside: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
+def signals_raise() -> Iterator[None]:
     """Signals that would end the process where it stands raise SystemExit meanwhile, as Ctrl-C raises."""
     mine = threading.current_thread() is threading.main_thread()
     taken = [n for n in _ENDING if mine and signal.getsignal(n) is signal.SIG_DFL]

@@ -12,11 +12,14 @@ import io
 import json
 import re
 import sys
+import tomllib
 import zlib
 from pathlib import Path
+from typing import Any
 
-from kvlink.errors import ContextError
+from kvlink.errors import ConfigError, ContextError
 
+MAX_TOML_BYTES = 1_000_000
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16's, which is its beginning
@@ -80,3 +83,14 @@ def read_text(path: str | Path, what: str, most: int) -> str:
             f"{what} {path} is not {encoding.upper()}: byte {data[len(mark) + error.start]:#04x} at "
             f"{len(mark) + error.start}"
         ) from error
+
+
+def read_toml(path: str | Path, what: str) -> dict[str, Any]:
+    """The tables of a TOML file that people edit. Raises ConfigError where it cannot be read or is none."""
+    try:
+        return tomllib.loads(read_text(path, what, MAX_TOML_BYTES))
+    except ContextError as error:
+        raise ConfigError(str(error)) from error
+    except (ValueError, RecursionError) as error:
+        told = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"cannot read {what} {path}: {told}") from error

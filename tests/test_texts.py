@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvlink.errors import ConfigError, ContextError
-from kvlink.texts import half_character, read_bytes, read_text, whole
-from kvlink.transport import convert
+from kvlink.texts import half_character, read_bytes, read_text, read_toml, whole
+from kvlink.transport import certs, convert
 from kvlink.v1 import receiver_pb2, sender_pb2
 
 ANY = st.text(st.characters(codec=None), max_size=60)
@@ -95,3 +95,38 @@ def test_a_file_is_bounded_packed_or_not(tmp_path):
 def test_what_no_message_can_hold_is_refused_by_the_name_of_its_field(kind, fields, error, message):
     with pytest.raises(error, match=message):
         convert.request(kind, **fields)
+
+
+@pytest.mark.parametrize("data", [b"a = 1\r\n", b"\xef\xbb\xbfa = 1\n", "a = 1\n".encode("utf-16")])
+def test_a_configuration_is_read_as_editors_write_it(tmp_path, data):
+    path = tmp_path / "x.toml"
+    path.write_bytes(data)
+    assert read_toml(path, "the configuration") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"a = ", "Invalid value"),
+        (b"a = " + b"[" * 100_000, "nested too deeply"),
+        (b"a = " + b"9" * 5000, "limit"),
+        (b"a = '\xff'", "not UTF-8"),
+        (b"x" * 1_000_001, "more than 1,000,000 bytes"),
+    ],
+)
+def test_what_is_no_configuration_is_refused_by_name(tmp_path, data, message):
+    path = tmp_path / "x.toml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=f"x.toml.*{message}"):
+        read_toml(path, "the configuration")
+
+
+@pytest.mark.parametrize(
+    "text", ["a = [", 'kind = "sender"', "name = 7", 'name = "a"\nkind = "king"', "x = " + "[" * 90_000]
+)
+def test_a_network_with_a_damaged_peer_is_refused_by_the_name_of_the_file(tmp_path, text):
+    certs.begin(tmp_path / "net", [certs.Member("a", "client")])
+    (tmp_path / "net" / "a" / certs.PEERS).write_text(text)
+    for work in (certs.renew, lambda folder: certs.add(folder, certs.Member("b", "client"))):
+        with pytest.raises(ConfigError, match=r"a/peers\.toml"):
+            work(tmp_path / "net")

@@ -222,7 +222,12 @@ class Arrivals:
         if self._staging is not None and incoming.cache_id not in self._shelf:
             self._shelf[incoming.cache_id] = (incoming.key, until)
             notes = {**_whose(caller), "cache_id": incoming.cache_id, "expires_at": until}
-            self._staging.note(incoming.key, notes)
+            try:
+                self._staging.note(incoming.key, notes)
+            except OSError as error:  # it is held all the same
+                log.warning(
+                    "a cache will not outlive a restart: %s", error.strerror, extra=log_fields(incoming)
+                )
         self.end(incoming, "complete")
         told = {**log_fields(incoming), "receipt": receipt.to_dict()}
         log.info("transfer complete: %d bytes, %s", receipt.wire_bytes, receipt.recipe, extra=told)

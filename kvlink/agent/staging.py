@@ -48,10 +48,16 @@ class Staging:
         if self._bytes >= self.max_bytes:
             raise BusyError(f"at most {self.max_bytes} bytes are staged on disk; try again later", 5.0)
         self.forget(key)
-        self.note(key, notes)
-        with _private(self._path(key, "kvl")) as out:
-            self._bytes += write_frames((), out)
-        return Staged(self, key)
+        try:
+            self.note(key, notes)
+            with _private(self._path(key, "kvl")) as out:
+                self._bytes += write_frames((), out)
+            return Staged(self, key)
+        except OSError as error:
+            self.forget(key)
+            raise BusyError(
+                f"a transfer cannot be kept on disk: {error.strerror}; try again later", 5.0
+            ) from error
 
     def resume(self, key: bytes) -> tuple[Staged, list[bytes]] | None:
         """A transfer's file and the whole frames in it; what a crash left behind them is cut off.
@@ -106,7 +112,8 @@ class Staging:
         with contextlib.suppress(OSError):
             self._bytes -= self._path(key, "kvl").stat().st_size
         for kind in ("kvl", "json", "new"):
-            self._path(key, kind).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._path(key, kind).unlink()
 
     def grown(self, nbytes: int) -> None:
         self._bytes += nbytes

@@ -33,6 +33,7 @@ from kvlink.cli.kinds import File, Flag, Kind, Text
 from kvlink.errors import ConfigError
 from kvlink.quoting import shown
 from kvlink.terminal import note
+from kvlink.texts import read_toml
 
 PREFIX = "KVLINK_"
 CONFIG = PREFIX + "CONFIG"
@@ -128,11 +129,7 @@ def configure(context: Any, file: Path | None) -> None:
 
 def read_file(file: Path, root: Any) -> dict[Path_, dict[str, Any]]:
     """Values by command and parameter. Raises ConfigError, naming the file, the key and the nearest known one."""
-    try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"cannot read the configuration {shown(file)}: {_reason(error)}") from error
-    return dict(_read_group(tables, root, (), file))
+    return dict(_read_group(read_toml(file, "the configuration"), root, (), file))
 
 
 def unknown_variables(environment: Mapping[str, str], root: Any) -> list[str]:

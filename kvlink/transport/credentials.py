@@ -13,7 +13,6 @@ import datetime
 import hmac
 import logging
 import threading
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import grpc
 
 from kvlink.errors import AccessError, ConfigError, CredentialsError
+from kvlink.texts import read_toml
 from kvlink.transport import certs
 from kvlink.transport.address import Address
 
@@ -184,8 +184,8 @@ class Credentials:
         try:
             authority = (self.folder / certs.AUTHORITY).read_bytes()
             identity = (self.folder / certs.IDENTITY).read_bytes()
-            peers = tomllib.loads((self.folder / certs.PEERS).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            peers = read_toml(self.folder / certs.PEERS, "the peers in")
+        except (OSError, ConfigError) as error:
             inside = sorted(path.parent.name for path in self.folder.glob(f"*/{certs.PEERS}"))
             hint = (
                 f"give one peer's folder of it: {', '.join(inside)}"

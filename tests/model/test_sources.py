@@ -194,3 +194,15 @@ def test_commands_say_what_is_here(cache):
     missing = kvlink("models", "path", "smollm2")
     assert missing.returncode == 3
     assert b"kvlink models get smollm2" in missing.stderr
+
+
+@pytest.mark.parametrize("place", ["file", "/dev/null/x", "/proc/nowhere"])
+def test_models_that_cannot_be_kept_are_refused_before_they_are_fetched(tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KVLINK_CACHE_DIR", str(tmp_path / place))
+    monkeypatch.setattr(sources, "_download", lambda *_: pytest.fail("fetched"))
+    with pytest.raises(ConfigError, match="cannot write into"):
+        get("smollm2")
+    write_gguf(tmp_path / "x.gguf")
+    with pytest.raises(ConfigError, match="cannot write into"):
+        folder_of(str(tmp_path / "x.gguf"))
