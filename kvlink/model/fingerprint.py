@@ -60,6 +60,8 @@ HARMLESS: dict[str, str] = {
     "logit_scale": "after the cache, and keeps the order of tokens",
     "max_window_layers": "decides `layer_types`, which counts",
     "_sliding_window_pattern": "decides `layer_types`, which counts",
+    "sliding_window_pattern": "decides `layer_types`, which counts",
+    "no_rope_layer_interval": "decides `no_rope_layers`, which counts",
     "max_position_embeddings": "how far, not how: a table is a weight; rotations that depend on it count",
 }
 """Fields of a configuration that change no cache, with the reason. All others count, known or not."""
@@ -135,7 +137,10 @@ def _plain(value: Any) -> Any:
     """JSON values, equal ones alike: 1, 1.0 and True; floats as float32 has them, as some formats keep them.
     Fields without a value are left out."""
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items() if inner is not None}
+        kept = {str(key): _plain(inner) for key, inner in value.items() if inner is not None}
+        if "rope_type" in kept:
+            kept.pop("type", None)  # its older name
+        return kept
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
     if isinstance(value, float) and abs(value) < _FLOAT32_MOST:
@@ -156,8 +161,14 @@ def _text_config(model: Any) -> dict[str, Any]:
 
 
 def _configuration(model: Any) -> dict[str, Any]:
-    """What counts of a model's configuration, defaults filled in, with the adapters that are on it."""
+    """What counts of a model's configuration, defaults filled in, with the adapters that are on it.
+
+    What files of different releases write differently is written alike.
+    """
     fields = _counted(_text_config(model))
+    hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    if hidden and heads and fields.get("head_dim") == hidden // heads:
+        del fields["head_dim"]  # often left to be computed
     adapters = getattr(model, "peft_config", None) or {}
     if adapters:
         fields["adapters"] = {name: _counted(adapter.to_dict()) for name, adapter in adapters.items()}

@@ -136,6 +136,8 @@ CHANGES = (
 """Fields that change what a cache holds."""
 
 HARMLESS = (
+    Change("Llama", "rope_scaling", {"type": "linear", "factor": 2}, {"rope_type": "linear", "factor": 2.0}),
+    Change("Gemma 3", "sliding_window_pattern", None, 6),
     Change("Llama", "initializer_range", 0.02, 0.5),
     Change("Llama", "use_cache", True, False),
     Change("Llama", "attention_dropout", 0.0, 0.1),

@@ -63,6 +63,14 @@ def test_another_rotation_is_another_model(checkpoint, tmp_path):
     assert here.weights == there.weights
 
 
+def test_a_head_size_that_is_left_to_be_computed_is_the_same(checkpoint, tmp_path):
+    folder = _configured(tmp_path / "computed", checkpoint("qwen2"))
+    told = json.loads((folder / "config.json").read_text())
+    assert told.pop("head_dim") == told["hidden_size"] // told["num_attention_heads"]
+    (folder / "config.json").write_text(json.dumps(told))
+    assert load(str(folder)).fingerprint == load(str(checkpoint("qwen2"))).fingerprint
+
+
 def test_another_window_is_another_architecture(checkpoint, tmp_path):
     other = _configured(tmp_path / "window", checkpoint("mistral-sliding"), sliding_window=16)
     here, there = load(str(checkpoint("mistral-sliding"))).fingerprint, load(str(other)).fingerprint
