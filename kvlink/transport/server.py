@@ -35,6 +35,17 @@ from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
 
 log = logging.getLogger("kvlink.transport")
 
+
+def _for_us(record: logging.LogRecord) -> bool:
+    """Whether what gRPC logs is news: not that a caller was gone before its answer could be sent."""
+    gone = record.getMessage().startswith("ExecuteBatchError raised in core by servicer method")
+    if gone:
+        log.debug("a caller was gone before its answer")
+    return not gone
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_for_us)
+
 _THREADS = 64
 _SWEEP_S = 5.0
 _TELL_S = 1.0

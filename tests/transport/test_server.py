@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import grpc
 import pytest
@@ -57,3 +58,13 @@ def test_handles_round_trip():
 def test_other_strings_are_no_handles(text):
     with pytest.raises(ConfigError):
         Handle.parse(text)
+
+
+def test_that_a_caller_was_gone_is_no_traceback_and_what_else_grpc_logs_is_kept(caplog):
+    grpc_log = logging.getLogger("grpc._cython.cygrpc")
+    for name in ("ExecuteBatchError", "ValueError"):
+        try:
+            raise RuntimeError(name)
+        except RuntimeError:
+            grpc_log.exception("%s raised in core by servicer method [/kvlink.v1.X/Y]", name)
+    assert [record.getMessage()[:10] for record in caplog.records if record.exc_info] == ["ValueError"]
