@@ -30,6 +30,9 @@ the embedded model, where keys bear about four times the step of values."""
 SINKS = 4
 """First positions that statistics leave out: models park attention there, and they are unlike others."""
 
+_LEAST_SQUARE = 1e-4
+"""Of the mean square of queries: a channel that seems to meet none is not thrown away, the weights may not tell all."""
+
 _WHOLE_CHANNELS = 256
 """A basis spans all heads of a layer up to so many channels, else each head has its own."""
 
@@ -95,6 +98,7 @@ def _query_sizes(lm: LanguageModel, module: Any, index: int, shape: _Shape) -> T
     if rows is None:
         return torch.ones(shape.kv_heads, shape.size, dtype=torch.float64)
     square = rows.reshape(shape.kv_heads, -1, shape.size).square().mean(1)
+    square = square.clamp(min=_LEAST_SQUARE * float(square.mean()))
     if lm.traits.arrangements:  # a rotation mixes the two channels of a pair
         (turn,) = rotations(lm.model, lm.traits.arrangements[index : index + 1], 1)
         mean = (square[:, turn.first] + square[:, turn.second]) / 2
@@ -106,10 +110,9 @@ def _query_rows(lm: LanguageModel, module: Any, shape: _Shape) -> Tensor | None:
     """Expected size of each query channel, `[Hq, D]` float64: a norm's weight, or the projection's rows."""
     norm = getattr(module, "q_norm", None)
     if norm is not None:
-        weight = _norm_weight(norm)
-        if weight is None or weight.numel() not in (shape.size, shape.heads * shape.size):
-            return None
-        return weight.reshape(-1, shape.size).expand(shape.heads, shape.size)
+        wide = (_gain(norm, size) for size in (shape.size, shape.heads * shape.size))
+        gain = next((found for found in wide if found is not None), None)
+        return None if gain is None else gain.reshape(-1, shape.size).expand(shape.heads, shape.size)
     weight = _query_weight(module, shape)
     if weight is None:
         return None
@@ -140,18 +143,27 @@ def _input_gain(lm: LanguageModel, module: Any, hidden: int) -> Tensor:
     """Gain of the normalization before the layer's attention, `[hidden]` float64."""
     for parent in lm.model.modules():
         if module in parent.children() and getattr(parent, "input_layernorm", None) is not None:
-            weight = _norm_weight(parent.input_layernorm)
-            if weight is not None and weight.numel() == hidden:
-                return weight.reshape(-1)
+            gain = _gain(parent.input_layernorm, hidden)
+            if gain is not None:
+                return gain
     return torch.ones(hidden, dtype=torch.float64)
 
 
-def _norm_weight(norm: Any) -> Tensor | None:
-    """A norm's weight; None of one that has none."""
-    weight = getattr(norm, "weight", None)
-    if not isinstance(weight, Tensor):
+def _gain(norm: Any, size: int) -> Tensor | None:
+    """What a norm makes of each of `size` channels of size 1, `[size]` float64; None where it is no norm of so many.
+
+    Tried on balanced signs: classes differ in whether a weight is a factor, one added to 1, or not there.
+    """
+    signs = torch.ones(size).reshape(-1, 2) if size % 2 == 0 else torch.ones(1, size)
+    signs[:, -1] = -1
+    weight = next(iter(norm.parameters()), None)
+    like = signs.reshape(1, 1, size) if weight is None else signs.reshape(1, 1, size).to(weight)
+    try:
+        with torch.inference_mode():
+            found = _plain(norm(like)).reshape(-1).abs()
+    except Exception:  # another module that bears the name: it may want anything
         return None
-    return _plain(weight) + 1 if type(norm).__name__.startswith("Gemma") else _plain(weight)
+    return found if found.numel() == size and bool(found.isfinite().all()) else None
 
 
 def _output_metric(module: Any, shape: _Shape) -> Tensor:

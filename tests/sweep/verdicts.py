@@ -26,7 +26,7 @@ RECIPES = {
     "raw": ("raw", 1e-6),
     "int8": ("int8", 0.02),
     "pruned": ("q2c@0.5 raw", 1e-4),
-    "transform": ("transform=0.002 basis=own", 0.05),
+    "transform": ("transform=0.001 basis=own", 0.05),
 }
 """By column: the recipe, and how far off it may be, root mean square as a share: logits of `raw` and `pruned` from
 the model's own, keys and values of `int8` and `transform` from those that left."""
