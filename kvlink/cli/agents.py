@@ -29,6 +29,7 @@ from kvlink.cli.options import (
     LogLevel,
     MetricsAt,
     Model,
+    TemplateOptions,
     TraceTo,
 )
 from kvlink.cli.settings import has_settings, settings_from
@@ -45,6 +46,7 @@ def receiver(
     device: Device = DEVICE,
     dtype: Dtype = DTYPE,
     attention: Attention = ATTENTION,
+    template_options: TemplateOptions = "",
     creds: Creds = None,
     insecure: Insecure = False,
     metrics: MetricsAt = "",
@@ -65,7 +67,11 @@ def receiver(
 
     def make(observer: Observer) -> Any:
         return ReceiverService(
-            Receiver(model, device=device, dtype=dtype, attention=attention), settings, observer
+            Receiver(
+                model, device=device, dtype=dtype, attention=attention, template_options=template_options
+            ),
+            settings,
+            observer,
         )
 
     _serve("receiver", listen, model, make, proof, insecure, metrics, trace_to, settings.stop_s)
@@ -78,6 +84,7 @@ def sender(
     device: Device = DEVICE,
     dtype: Dtype = DTYPE,
     attention: Attention = ATTENTION,
+    template_options: TemplateOptions = "",
     creds: Creds = None,
     insecure: Insecure = False,
     metrics: MetricsAt = "",
@@ -98,7 +105,9 @@ def sender(
 
     def make(observer: Observer) -> Any:
         return SenderService(
-            Sender(model, device=device, dtype=dtype, attention=attention), settings, observer
+            Sender(model, device=device, dtype=dtype, attention=attention, template_options=template_options),
+            settings,
+            observer,
         )
 
     _serve("sender", listen, model, make, proof, insecure, metrics, trace_to, settings.stop_s)

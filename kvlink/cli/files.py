@@ -29,6 +29,7 @@ from kvlink.cli.options import (
     Question,
     Recipe,
     SenderAt,
+    TemplateOptions,
     Verify,
     count,
     flag,
@@ -150,6 +151,7 @@ def pack(
     device: Device = DEVICE,
     dtype: Dtype = DTYPE,
     attention: Attention = ATTENTION,
+    template_options: TemplateOptions = "",
     as_json: Json = False,
 ) -> None:
     """Read a context here and keep the transfer as a .kvl file."""
@@ -161,7 +163,7 @@ def pack(
     from kvlink.agent.sender import Sender
 
     quiet()
-    source = Sender(model, device=device, dtype=dtype, attention=attention)
+    source = Sender(model, device=device, dtype=dtype, attention=attention, template_options=template_options)
     asked = source.recipe(recipe)  # a recipe that this model cannot serve is refused before the reading
     transfer = source.pack(source.read(text), question, asked, wished)
     with target.open() as sink:
@@ -189,6 +191,7 @@ def unpack(
     device: Device = DEVICE,
     dtype: Dtype = DTYPE,
     attention: Attention = ATTENTION,
+    template_options: TemplateOptions = "",
     max_new_tokens: Annotated[int, count("max-new-tokens", "Tokens of the answer.")] = NEW_TOKENS,
     as_json: Json = False,
 ) -> None:
@@ -198,7 +201,9 @@ def unpack(
 
     quiet()
     with open_file(file) as stream:
-        target = Receiver(model, device=device, dtype=dtype, attention=attention)
+        target = Receiver(
+            model, device=device, dtype=dtype, attention=attention, template_options=template_options
+        )
         held = target.read_file(stream)
     told = target.answer(held, question, max_new_tokens=max_new_tokens)
     if as_json:

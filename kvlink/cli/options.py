@@ -34,6 +34,14 @@ Dtype = Annotated[
     option("dtype", Choice("auto", "bfloat16", "float16", "float32"), "Numbers that the model computes in."),
 ]
 Attention = Annotated[str, option("attention", Text(), "Attention implementation: auto, sdpa, eager, …")]
+TemplateOptions = Annotated[
+    str,
+    option(
+        "template-options",
+        Text(),
+        'What the model\'s chat template is given, as a JSON object: {"enable_thinking": false}. Both ends the same.',
+    ),
+]
 Json = Annotated[bool, flag("json", "Data instead of text, on standard output.")]
 Ctx = Annotated[str, option("context", Text("path"), "File with the context, or - for standard input.")]
 Question = Annotated[str, option("question", Text(), "The question.")]

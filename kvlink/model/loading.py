@@ -8,6 +8,7 @@ Does not know: contexts, peers. Place on the path: before it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from kvlink.model.self_test import traits_of
 from kvlink.model.sources import EMBEDDED as EMBEDDED
 from kvlink.model.sources import embedded_folder as embedded_folder
 from kvlink.model.sources import folder_of
-from kvlink.model.template import template_for
+from kvlink.model.template import options_from, template_for
 from kvlink.profile import Profile
 
 PROFILE_FILE = "kvlink.profile"
@@ -36,14 +37,20 @@ _CHANGING_ROPE = ("dynamic", "longrope")
 
 
 def load(
-    name: str = EMBEDDED, *, device: str = DEVICE, dtype: str = DTYPE, attention: str = ATTENTION
+    name: str = EMBEDDED,
+    *,
+    device: str = DEVICE,
+    dtype: str = DTYPE,
+    attention: str = ATTENTION,
+    template_options: str = "",
 ) -> LanguageModel:
-    """Load a model. `dtype`: auto, bfloat16, float16 or float32.
+    """Load a model. `dtype`: auto, bfloat16, float16 or float32. `template_options`: a JSON object.
 
     Raises ModelError or UnsupportedCacheError, naming what is not understood.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    options = options_from(template_options)
     folder = folder_of(name)
     source = str(folder or name)
     transformers.utils.logging.disable_progress_bar()
@@ -64,7 +71,7 @@ def load(
         raise ModelError(f"cannot load {name!r}: {str(error).strip().splitlines()[0]}") from error
     folder = folder or _snapshot(source)
     # What was replaced while it was read is not what the files say now.
-    lm = wrap(name, model, tokenizer, before if before == stamp(folder) else None)
+    lm = wrap(name, model, tokenizer, before if before == stamp(folder) else None, options)
     file = folder / PROFILE_FILE if folder else None
     return with_profile(lm, file) if file and file.is_file() else lm
 
@@ -79,16 +86,23 @@ def with_profile(lm: LanguageModel, file: Path) -> LanguageModel:
     return replace(lm, profile=profile)
 
 
-def wrap(name: str, model: Any, tokenizer: Any, files: list[Any] | None = None) -> LanguageModel:
+def wrap(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    files: list[Any] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> LanguageModel:
     """A `LanguageModel` around a transformers model that is already in memory.
 
-    `files`: as in `fingerprint_of`, where it is known what the model was loaded from.
+    `files`: as in `fingerprint_of`, where it is known what the model was loaded from. `template_options`: what
+    its chat template is given beside the conversation.
     """
     check_config(model.config)
     model.eval()
     if model.dtype not in DTYPES.values():
         raise UnsupportedCacheError(f"the cache dtype must be one of {', '.join(DTYPES)}, got {model.dtype}")
-    template = template_for(tokenizer)
+    template = template_for(tokenizer, template_options)
     fingerprint = fingerprint_of(model, tokenizer, template, files)
     lm = LanguageModel(name, model, tokenizer, template, fingerprint, model.config._attn_implementation)
     try:

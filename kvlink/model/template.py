@@ -11,18 +11,30 @@ Does not know: caches, peers. Place on the path: before prefill and before gener
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from blake3 import blake3
 
-from kvlink.errors import ModelError
+from kvlink.errors import ConfigError, ModelError
 from kvlink.payload import Prompt
 from kvlink.payload import Turn as Turn
 
 _CONTEXT = "\x02kvlink-context\x03"
 _QUESTION = "\x02kvlink-question\x03"
+MOST_OPTIONS = 4096
+"""Characters of template options."""
+_OURS = frozenset(inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters) | {
+    "messages",
+    "strftime_now",
+    "raise_exception",
+}
+"""Names that are not a template's to take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +50,8 @@ class Template:
     special_tokens: bool
     """Whether the tokenizer's own opening tokens (BOS) stand before the text."""
     chat: Any = None
+    options: tuple[tuple[str, Any], ...] = ()
+    """What the template's program is given beside the conversation, such as `enable_thinking`."""
 
     @property
     def source(self) -> str:
@@ -52,7 +66,7 @@ class Template:
     def opening(self, turns: Sequence[Turn] = ()) -> str:
         """What stands before the context, earlier turns in it."""
         if turns and self.chat is not None:
-            return _render_chat(self.chat, turns)[0]
+            return _render_chat(self.chat, turns, dict(self.options))[0]
         return "".join(f"{t.role.capitalize()}: {t.content}\n" for t in turns) + self.before
 
     def prompt(self, turns: Sequence[Turn] = ()) -> Prompt:
@@ -68,21 +82,56 @@ def plain_template() -> Template:
     return Template("plain/1", "Context: ", "\n", "Question: ", "\nAnswer:", ("\n",), True)
 
 
-def template_for(tokenizer: Any) -> Template:
-    """The tokenizer's chat template where it has one, else the plain one."""
+def template_for(tokenizer: Any, options: Mapping[str, Any] | None = None) -> Template:
+    """The tokenizer's chat template where it has one, else the plain one.
+
+    `options`: see `options_from`. They are part of the template's id, and so of what both ends compare.
+    Raises ConfigError where there is no chat template to take them, or it knows no option of that name.
+    """
+    given = dict(sorted((options or {}).items()))
     if not getattr(tokenizer, "chat_template", None):
+        if given:
+            raise ConfigError(f"the model has no chat template that could take {', '.join(given)}")
         return plain_template()
-    before, after, ask_before, ask_after = _render_chat(tokenizer, ())
-    digest = blake3(str(tokenizer.chat_template).encode()).hexdigest(length=8)
-    return Template(f"chat/{digest}", before, after, ask_before, ask_after, (), False, tokenizer)
+    source = str(tokenizer.chat_template)
+    if unknown := [name for name in given if not re.search(rf"\b{name}\b", source)]:
+        raise ConfigError(f"the model's chat template has no option {', '.join(unknown)}")
+    before, after, ask_before, ask_after = _render_chat(tokenizer, (), given)
+    identity = source if not given else f"{source}\x00{json.dumps(given, sort_keys=True)}"
+    digest = blake3(identity.encode()).hexdigest(length=8)
+    told = tuple(given.items())
+    return Template(f"chat/{digest}", before, after, ask_before, ask_after, (), False, tokenizer, told)
 
 
-def _render_chat(tokenizer: Any, turns: Sequence[Turn]) -> tuple[str, str, str, str]:
+def options_from(text: str) -> dict[str, Any]:
+    """Template options from a JSON object of plain values: `{"enable_thinking": false}`; "" is none.
+
+    Raises ConfigError.
+    """
+    if len(text) > MOST_OPTIONS:
+        raise ConfigError(f"template options have at most {MOST_OPTIONS:,} characters, got {len(text):,}")
+    try:
+        found = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"template options are a JSON object, got {text!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"template options are a JSON object, got {text!r}")
+    for name, value in found.items():
+        if not name.isidentifier() or name in _OURS:
+            raise ConfigError(f"{name!r} cannot be a template option")
+        if not isinstance(value, (str, bool, int, float, type(None))):
+            raise ConfigError(f"template option {name}: a plain value is expected, got {value!r}")
+    return found
+
+
+def _render_chat(
+    tokenizer: Any, turns: Sequence[Turn], options: Mapping[str, Any]
+) -> tuple[str, str, str, str]:
     """Before, after, and the two sides of the question, cut out of a rendered conversation."""
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     messages.append({"role": "user", "content": f"Context: {_CONTEXT}\n\nQuestion: {_QUESTION}"})
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except Exception as error:  # templates are programs of their own and may raise anything
         raise ModelError(f"the model's chat template cannot render the conversation: {error}") from error
     if text.count(_CONTEXT) != 1 or text.count(_QUESTION) != 1:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import kvlink
-from kvlink.errors import ContextError, IdentityError, ModelError
+from kvlink.errors import ConfigError, ContextError, IdentityError, ModelError
 from kvlink.model.generate import answer
 from kvlink.model.loading import load
 from kvlink.model.prefill import prefill
@@ -100,6 +100,46 @@ def test_other_texts_of_a_template_are_others(chat_folder, tmp_path):
 def test_chat_templates_that_cannot_serve_are_refused(chat_folder, template, message):
     with pytest.raises(ModelError, match=message):
         load(chat_folder(template))
+
+
+THINKING = (
+    CHAT
+    + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{{ date_string }}"
+)
+
+
+def test_template_options_are_written_and_are_part_of_the_identity(chat_folder):
+    folder = chat_folder(THINKING)
+    plain, quiet = (
+        load(folder),
+        load(folder, template_options='{"enable_thinking": false, "date_string": "today"}'),
+    )
+    assert quiet.template.ask("Who?").endswith("<|assistant|><think></think>today")
+    assert plain.template.ask("Who?").endswith("<|assistant|>")
+    assert quiet.fingerprint.template != plain.fingerprint.template
+    assert quiet.fingerprint.tokenizer == plain.fingerprint.tokenizer
+    other = load(folder, template_options='{"date_string": "today", "enable_thinking": false}')
+    assert other.fingerprint == quiet.fingerprint, "whatever their order"
+    turns = (Turn("user", "Hello."),)
+    assert "<think>" not in quiet.template.prompt(turns).before.decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[]", "1", '"x"', "enable_thinking=false", '{"enable_thinking": {}}', '{"messages": 1}', '{"a b": 1}',
+        '{"tokenize": true}', '{"add_generation_prompt": false}', '{"strftime_now": 1}', '{"no_such_option": 1}',
+        '{"enable_thinking": "' + "x" * 5000 + '"}', "[" * 3000,
+    ],
+)  # fmt: skip
+def test_what_is_no_template_option_is_refused(chat_folder, text):
+    with pytest.raises(ConfigError, match=r"option|JSON"):
+        load(chat_folder(THINKING), template_options=text)
+
+
+def test_a_model_without_a_chat_template_takes_no_options():
+    with pytest.raises(ConfigError, match="no chat template that could take enable_thinking"):
+        load(template_options='{"enable_thinking": false}')
 
 
 def test_roles_are_checked():

@@ -15,7 +15,8 @@ MOST_PARAMETERS = 20_000_000
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
-    "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 2, "sliding_window": 32, "rotary_dim": 8, "query_pre_attn_scalar": 16,
+    "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 2, "sliding_window": 32, "rotary_dim": 8,
+    "query_pre_attn_scalar": 16,
     "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 512, "n_inner": 96, "d_model": 64, "n_layers": 4,
     "n_heads": 4, "ffn_dim": 96, "num_layers": 4, "num_heads": 4, "word_embed_proj_dim": 64, "num_experts": 4,
     "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
@@ -41,8 +42,9 @@ _MORE: dict[str, dict[str, Any]] = {
 """What a family needs beside the sizes, and variants: `model type (variant)`."""
 
 SMALL = (
-    "llama", "gemma3_text", "vaultgemma", "olmo2", "glm4", "cohere", "gptj", "falcon", "falcon (ALiBi)", "falcon (grouped)", "bloom",
-    "mpt", "opt", "gpt_bigcode", "nanochat", "gpt_oss", "smollm3", "deepseek_v3", "bert", "mamba",
+    "llama", "gemma3_text", "vaultgemma", "olmo2", "glm4", "cohere", "gptj", "falcon", "falcon (ALiBi)",
+    "falcon (grouped)", "bloom", "mpt", "opt", "gpt_bigcode", "nanochat", "gpt_oss", "smollm3", "deepseek_v3",
+    "bert", "mamba",
 )  # fmt: skip
 """Families that the tests run: each for a trait of its own."""
 
