@@ -6,6 +6,7 @@ models: many fields alter a real model's cache more.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,7 +171,9 @@ def build(family: str, field: str, value: Any) -> Any:
     """A tiny model, whose weights follow from the family alone. Twice the stock scale: attention is flat otherwise."""
     name, values = FAMILIES[family]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**values, field: value}))
+    model = AutoModelForCausalLM.from_config(
+        getattr(transformers, name)(**{**values, field: copy.deepcopy(value)})
+    )
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         for _, parameter in sorted(model.named_parameters()):

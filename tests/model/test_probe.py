@@ -13,6 +13,8 @@ from kvlink.errors import IdentityError, ModelError
 from kvlink.model import probe
 from kvlink.model.loading import load, wrap
 from kvlink.model.probe import probe_ids, sketch_of
+from kvlink.sketch import Sketch
+from kvlink.wire.messages import sketch_to_proto
 from tests.conftest import ARCHITECTURES
 
 TEXT = "Mira Dosh was born in Tavik. Ren Holt was born in Lisket. " * 3
@@ -127,6 +129,12 @@ def test_ids_follow_from_the_size_of_the_vocabulary_alone(random_lm):
     assert probe_ids(model) == ids
     model.config.max_position_embeddings = 9
     assert probe_ids(model) == ids[:9]
+
+
+def test_a_sketch_is_short_on_the_wire(tiny):
+    assert sketch_to_proto(tiny.sketch).ByteSize() < 120
+    layers, numbers = 30, tiny.sketch.numbers * 2
+    assert sketch_to_proto(Sketch(layers, numbers)).ByteSize() < 240
 
 
 def test_the_second_time_reads_nothing(checkpoint, monkeypatch):
