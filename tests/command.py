@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 
+from tests.limits import HANGS_S
+
 CONTEXT = (
     "The harbour lay quiet. Maret Olsun was born in Tavik. Nobody believed the part about the whale. " * 4
 )
@@ -46,7 +48,7 @@ def kvlink(*arguments: str, stdin: bytes = b"", **environment: str) -> subproces
         [sys.executable, "-m", "kvlink", *arguments],
         input=stdin,
         capture_output=True,
-        timeout=120,
+        timeout=HANGS_S,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )

@@ -12,6 +12,7 @@ import pytest
 from kvlink.transport import certs
 from kvlink.transport.certs import Member
 from tests.command import CONTEXT, QUESTION, free_address, kvlink
+from tests.limits import HANGS_S
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,7 +68,7 @@ def test_the_entry_points_of_the_services_take_the_same_options_and_file(kind, t
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, script, *words], capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, script, *words], capture_output=True, text=True, timeout=HANGS_S, check=False
         )
 
     done = run("--config", str(file), "--listen", "127.0.0.1:0")

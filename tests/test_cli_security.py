@@ -15,6 +15,7 @@ import pytest
 from kvlink.transport import certs
 from kvlink.transport.certs import Member
 from tests.command import CONTEXT, QUESTION, free_address, kvlink, listening, start
+from tests.limits import HANGS_S
 
 
 @dataclass
@@ -125,7 +126,7 @@ def test_every_line_of_a_json_log_is_json_and_names_its_transfer(network):
     done = kvlink("ask", *network.at("anna"), "--context", network.context, "--question", QUESTION, "--json")
     transfer = json.loads(done.stdout)["transfer_id"]
     network.receiver_process.terminate()
-    _, log = network.receiver_process.communicate(timeout=20)
+    _, log = network.receiver_process.communicate(timeout=HANGS_S)
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     mine = [line for line in lines if line.get("transfer") == transfer]
     assert [line["message"].partition(":")[0] for line in mine] == ["transfer complete"]

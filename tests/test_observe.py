@@ -23,6 +23,7 @@ from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.server import Server
 from tests.agent.conftest import QUESTION, TEXT
 from tests.command import free_address
+from tests.limits import HANGS_S
 
 
 def test_an_observer_without_extras_does_nothing():
@@ -90,7 +91,7 @@ def test_metrics_are_served_over_http_and_stop():
         assert b"kvlink_transfers_total" in answer.read()
     stop()
     with pytest.raises(OSError):  # noqa: PT011 - whatever the system calls it
-        urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=1)
+        urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=HANGS_S)
 
 
 async def test_spans_join_across_both_agents_under_the_callers(random_lm):

@@ -150,9 +150,18 @@ def _serve(
 
     async def serve() -> None:
         service = make(observer)
+
+        def sweep() -> None:
+            service.sweep()
+            if proof:
+                proof.remind()
+
+        if proof:
+            about = "Seconds until this agent's certificate expires"
+            observer.watch("certificate_expires_in_seconds", about, lambda: proof.expires_in_s)
         handler: Any = {kind: service}
         server = Server(listen, **handler, insecure=insecure, credentials=proof)
-        await server.run(started, service.sweep, lambda: end_within(stop_s), stop_s * _DRAIN)
+        await server.run(started, sweep, lambda: end_within(stop_s), stop_s * _DRAIN)
 
     try:
         run(serve())
@@ -175,7 +184,9 @@ def health(
     as_json: Json = False,
 ) -> None:
     """Ask an agent whether it serves, and what it is."""
+    from kvlink.transport.address import Address
     from kvlink.transport.client import ReceiverClient, SenderClient
+    from kvlink.transport.reach import expires_in_s
 
     proof = credentials(creds, insecure)
 
@@ -200,6 +211,10 @@ def health(
         raise errors.RemoteProtocolError(f"{address} is no kvlink agent")
 
     told = run(work())
+    if proof:
+        seen = run(expires_in_s(Address.parse(address), proof))
+        told["expires_in_s"] = None if seen is None else int(seen)
+        told["own_expires_in_s"] = int(proof.expires_in_s)
     if as_json:
         say_json(told)
     else:
@@ -207,6 +222,7 @@ def health(
         say(
             f"{found['agent']} at {found['address']}: {found['status']}, {found['model']} ({found['dtype']}), "
             f"kvlink {found['release']}"
+            + (f", certificate expires in {told['expires_in_s']:,} s" if told.get("expires_in_s") else "")
         )
     if told["status"] != "SERVING":
         raise typer.Exit(1)

@@ -136,14 +136,14 @@ def members_of(folder: Path) -> list[Member]:
     return found
 
 
-def expiry(identity: bytes) -> tuple[str, datetime.datetime]:
-    """The name in a PEM certificate, and until when it is valid. Raises ConfigError."""
+def validity(identity: bytes) -> tuple[str, datetime.datetime, datetime.datetime]:
+    """The name in a PEM certificate, since when and until when it is valid. Raises ConfigError."""
     try:
         certificate = x509.load_pem_x509_certificate(identity)
         (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     except ValueError as error:
         raise ConfigError(f"no certificate of a kvlink peer: {error}") from error
-    return str(name.value), certificate.not_valid_after_utc
+    return str(name.value), certificate.not_valid_before_utc, certificate.not_valid_after_utc
 
 
 def hashed(token: str) -> str:

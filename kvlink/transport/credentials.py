@@ -42,7 +42,8 @@ RIGHTS: dict[str, tuple[str, ...]] = {
 }
 """Method → rights, any of which lets a peer call it."""
 
-_WARN = datetime.timedelta(days=1)
+_WARN, _LEAST = datetime.timedelta(days=30), datetime.timedelta(days=1)
+_REMIND = datetime.timedelta(days=1)
 _NO_HASH = "0" * 64
 
 
@@ -63,6 +64,7 @@ class _Access:
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     name: str
+    since: datetime.datetime
     until: datetime.datetime
     authority: bytes
     key: bytes
@@ -80,11 +82,34 @@ class Credentials:
         self._stamp = self._now()
         self._loaded = self._load()
         self._served: _Loaded | None = None
+        self._reminded_at: datetime.datetime | None = None
 
     @property
     def name(self) -> str:
         """Who this peer is."""
         return self._fresh().name
+
+    @property
+    def expires_in_s(self) -> float:
+        """Seconds until this peer's certificate expires; negative once it has."""
+        return (self._fresh().until - datetime.datetime.now(datetime.UTC)).total_seconds()
+
+    def remind(self) -> None:
+        """Say in the log when the certificate expires: first as it is, then daily once little is left.
+
+        Little: 30 days or half of its life, whichever is less, and at least a day.
+        """
+        told, now = self._fresh(), datetime.datetime.now(datetime.UTC)
+        left, first = told.until - now, self._reminded_at is None
+        little = left < max(_LEAST, min(_WARN, (told.until - told.since) / 2))
+        if not first and (not little or now - (self._reminded_at or now) < _REMIND):
+            return
+        self._reminded_at = now
+        log.log(
+            logging.WARNING if little else logging.INFO,
+            "the certificate of %r expires in %d s (%.1f days); 'kvlink certs renew' makes a new one",
+            told.name, left.total_seconds(), left / _LEAST, extra={"expires_in_s": int(left.total_seconds())},
+        )  # fmt: skip
 
     def check_valid(self) -> None:
         """Raise CredentialsError where this peer's certificate has expired."""
@@ -101,6 +126,7 @@ class Credentials:
         return {
             "name": told.name,
             "valid_until": f"{told.until:%Y-%m-%d %H:%M} UTC",
+            "expires_in_s": int((told.until - datetime.datetime.now(datetime.UTC)).total_seconds()),
             "expired": told.until <= datetime.datetime.now(datetime.UTC),
             "dials": {address: dial.name for address, dial in told.dial.items()},
             "lets_in": {name: sorted(access.may) for name, access in told.access.items()},
@@ -194,13 +220,11 @@ class Credentials:
             )
             raise ConfigError(f"no credentials in {self.folder}: {error}; {hint}") from error
         key, mark, chain = identity.partition(b"-----BEGIN CERTIFICATE-----")
-        name, until = certs.expiry(mark + chain)
+        name, since, until = certs.validity(mark + chain)
         if peers.get("name") != name:
             raise ConfigError(
                 f"{self.folder}: the certificate is {name!r}'s, {certs.PEERS} says {peers.get('name')!r}"
             )
-        if datetime.timedelta() < until - datetime.datetime.now(datetime.UTC) < _WARN:
-            log.warning("the certificate of %r in %s is valid until %s", name, self.folder, until)
         try:
             dial = {
                 str(Address.parse(at)): Dial(str(told["name"]), str(told["token"]))
@@ -212,7 +236,7 @@ class Credentials:
             }
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{self.folder / certs.PEERS}: a table lacks {error}") from error
-        return _Loaded(name, until, authority, key, mark + chain, dial, access)
+        return _Loaded(name, since, until, authority, key, mark + chain, dial, access)
 
 
 def _tables(peers: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:

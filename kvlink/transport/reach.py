@@ -10,6 +10,7 @@ import contextlib
 import errno
 import socket
 import ssl
+import time
 
 from kvlink.errors import CredentialsError, KvlinkError, PeerUnavailableError
 from kvlink.transport import certs
@@ -65,9 +66,7 @@ async def refusal(address: Address, credentials: Credentials | None, dial: Dial 
 
 async def _handshake(address: Address, credentials: Credentials, dial: Dial) -> str:
     """Why TLS fails with a peer that listens; empty where nothing is wrong."""
-    context = ssl.create_default_context(cafile=str(credentials.folder / certs.AUTHORITY))
-    context.load_cert_chain(credentials.folder / certs.IDENTITY)
-    context.set_alpn_protocols(["h2"])
+    context = _context(credentials)
     try:
         async with asyncio.timeout(_TRY_S):
             reader, writer = await asyncio.open_connection(
@@ -87,3 +86,26 @@ async def _handshake(address: Address, credentials: Credentials, dial: Dial) -> 
         return "the peer closed the connection: it does not accept this certificate"
     except (OSError, TimeoutError):
         return ""
+
+
+def _context(credentials: Credentials) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(credentials.folder / certs.AUTHORITY))
+    context.load_cert_chain(credentials.folder / certs.IDENTITY)
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
+async def expires_in_s(address: Address, credentials: Credentials) -> float | None:
+    """Seconds until the certificate of who listens there expires; None where it cannot be seen."""
+    try:
+        async with asyncio.timeout(_TRY_S):
+            _, writer = await asyncio.open_connection(
+                address.host, address.port, ssl=_context(credentials),
+                server_hostname=credentials.dial(str(address)).name,
+            )  # fmt: skip
+            shown = writer.get_extra_info("peercert") or {}
+            writer.close()
+    except (OSError, TimeoutError, KvlinkError):
+        return None
+    until = shown.get("notAfter")
+    return ssl.cert_time_to_seconds(until) - time.time() if isinstance(until, str) else None

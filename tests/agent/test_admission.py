@@ -8,6 +8,7 @@ import pytest
 
 from kvlink.agent.admission import Gate
 from kvlink.errors import BusyError
+from tests.limits import HANGS_S
 
 
 async def test_a_free_place_is_given_at_once():
@@ -93,7 +94,7 @@ async def test_who_gives_up_waiting_takes_no_place():
     with pytest.raises(asyncio.CancelledError):
         await waiting
     first.leave()
-    with await asyncio.wait_for(gate.enter(), 1):
+    with await asyncio.wait_for(gate.enter(), HANGS_S):
         assert gate.inside == 1
 
 

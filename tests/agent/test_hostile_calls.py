@@ -18,6 +18,7 @@ from kvlink.transport.status import CODES
 from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
 from tests.agent.conftest import QUESTION, TEXT
 from tests.agent.lying import serve
+from tests.limits import HANGS_S
 
 SERVICES = {
     "receiver": receiver_pb2.DESCRIPTOR.services_by_name["ReceiverService"],
@@ -30,7 +31,7 @@ async def end_of(pair, kind: str, method: str, *messages: bytes) -> tuple[str, s
     """Status and details of a call with these messages, whatever the method expects."""
     address = {"receiver": pair.target, "sender": pair.source}[kind].address
     async with grpc.aio.insecure_channel(address) as channel:
-        call = channel.stream_stream(f"/{SERVICES[kind].full_name}/{method}", None, None)(timeout=60)
+        call = channel.stream_stream(f"/{SERVICES[kind].full_name}/{method}", None, None)(timeout=HANGS_S)
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # it is over: the status says how
             for message in messages:
                 await call.write(message)

@@ -29,6 +29,7 @@ from kvlink.transport.api import Ask, Delivery, Fetch, PushStatus
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.server import Server
 from tests.agent.conftest import QUESTION, TEXT, answer, feed
+from tests.limits import HANGS_S
 from tests.relay import relay
 
 ID = b"0123456789abcdef"
@@ -425,7 +426,7 @@ async def test_a_peer_that_falls_silent_is_noticed_in_seconds(pair, monkeypatch)
     async with (
         relay(pair.receiver_port, stall_after=30_000) as wire,
         ReceiverClient(f"127.0.0.1:{wire.port}") as target,
-        asyncio.timeout(10),
+        asyncio.timeout(HANGS_S),
     ):
         with pytest.raises(PeerUnavailableError, match="no sign of life"):
             [item async for item in target.push(frames)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import logging
 import re
 import socket
@@ -27,14 +28,17 @@ from kvlink.errors import (
     PeerUnavailableError,
 )
 from kvlink.transport import certs
+from kvlink.transport.address import Address
 from kvlink.transport.api import Ask, Caller, Delivery, Fetch
 from kvlink.transport.certs import Member
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.credentials import Credentials
+from kvlink.transport.reach import expires_in_s
 from kvlink.transport.server import Server
 from kvlink.v1 import common_pb2, receiver_pb2, receiver_pb2_grpc, sender_pb2
 from tests.agent.conftest import QUESTION, TEXT
 from tests.command import free_address
+from tests.limits import HANGS_S
 
 
 @dataclass
@@ -105,7 +109,9 @@ async def raw_call(network: Network, **options) -> grpc.aio.AioRpcError:
         stub = receiver_pb2_grpc.ReceiverServiceStub(channel)
         metadata = [("authorization", f"Bearer {options['token']}")] if "token" in options else []
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.GetCapabilities(common_pb2.GetCapabilitiesRequest(), timeout=5, metadata=metadata)
+            await stub.GetCapabilities(
+                common_pb2.GetCapabilitiesRequest(), timeout=HANGS_S, metadata=metadata
+            )
         return caught.value
 
 
@@ -313,7 +319,7 @@ async def test_health_tells_strangers_nothing(network):
     async with grpc.aio.insecure_channel(network.receiver_at) as channel:
         stub = receiver_pb2_grpc.ReceiverServiceStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.GetTransferStatus(receiver_pb2.GetTransferStatusRequest(), timeout=3)
+            await stub.GetTransferStatus(receiver_pb2.GetTransferStatusRequest(), timeout=HANGS_S)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -393,3 +399,26 @@ async def test_who_asked_for_a_delivery_deletes_its_cache_and_others_use_it_mean
         await target.delete_cache(cache_id)
         with pytest.raises(NotFoundError):
             await network.answer("anna", cache_id)
+
+
+@pytest.mark.parametrize(("days", "level"), [(7, "INFO"), (60, "INFO"), (0.5, "WARNING"), (-0.5, "WARNING")])
+def test_a_certificate_that_runs_out_is_said_at_once_and_daily(tmp_path, caplog, days, level):
+    caplog.set_level("INFO", "kvlink.credentials")
+    certs.begin(tmp_path / "net", [Member("anna", "client")], days)
+    credentials = Credentials(tmp_path / "net" / "anna")
+    assert credentials.expires_in_s == pytest.approx(days * 86_400, abs=600)
+    for _ in range(3):
+        credentials.remind()
+    (line,) = caplog.records
+    assert line.levelname == level
+    assert line.expires_in_s == pytest.approx(days * 86_400, abs=600)
+    credentials._reminded_at -= datetime.timedelta(days=1)
+    credentials.remind()
+    assert len(caplog.records) == (2 if level == "WARNING" else 1)
+
+
+async def test_the_end_of_an_agents_certificate_can_be_seen(network):
+    at = Address.parse(network.receiver_at)
+    seen = await expires_in_s(at, network.credentials("anna"))
+    assert seen == pytest.approx(network.credentials("reader").expires_in_s, abs=60)
+    assert await expires_in_s(Address.parse(free_address()), network.credentials("anna")) is None

@@ -18,6 +18,7 @@ from kvlink.recipe import Recipe
 from kvlink.transport.client import ReceiverClient
 from kvlink.transport.server import Server
 from kvlink.v1 import wire_pb2
+from tests.limits import HANGS_S
 
 TEXT = next(generated(1)).context
 QUESTION = "Who leads it?"
@@ -162,7 +163,7 @@ def test_a_line_carries_every_byte_at_its_rate_and_delay(tmp_path, loss):
     task = {"rate_bps": 8e6, "rtt_s": 0.05, "loss": loss, "seed": 3}
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", LINE_TEST],
-        input=json.dumps(task), capture_output=True, text=True, timeout=120, check=True,
+        input=json.dumps(task), capture_output=True, text=True, timeout=HANGS_S, check=True,
     )  # fmt: skip
     found = json.loads(done.stdout)
     assert found["equal"]

@@ -20,6 +20,7 @@ from kvlink.quoting import shown, shown_text
 from kvlink.receipt import STAGES, Receipt
 from kvlink.transport.api import Explanation
 from tests import hostile
+from tests.limits import HANGS_S
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
@@ -288,13 +289,13 @@ def test_a_real_browser_shows_the_page(tmp_path, name, scheme):
         "--host-resolver-rules=MAP * ~NOTFOUND",
     ]  # fmt: skip
     dom = subprocess.run(
-        [*options, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [*options, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=HANGS_S, check=True
     )
     assert "<title>taken" not in dom.stdout
     assert "CONSOLE" not in dom.stderr, dom.stderr
     assert dom.stdout.count("<h2") >= 1
     subprocess.run(
-        [*options, f"--screenshot={shot}", file.as_uri()], capture_output=True, timeout=120, check=True
+        [*options, f"--screenshot={shot}", file.as_uri()], capture_output=True, timeout=HANGS_S, check=True
     )
     light = _brightness(shot)
     assert light > 0.8 if scheme == "light" else light < 0.35

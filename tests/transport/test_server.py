@@ -13,6 +13,7 @@ from kvlink.errors import AccessError, ConfigError, PeerUnavailableError
 from kvlink.transport.client import ReceiverClient
 from kvlink.transport.handle import Handle
 from kvlink.transport.server import Server
+from tests.limits import HANGS_S
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "192.168.1.4:1", "[::]:1", "receiver:1"])
@@ -43,7 +44,7 @@ async def test_health_and_reflection_answer():
             break
     await server.stop(0)
     with pytest.raises(PeerUnavailableError):
-        async with asyncio.timeout(20), ReceiverClient(f"127.0.0.1:{port}") as client:
+        async with asyncio.timeout(HANGS_S), ReceiverClient(f"127.0.0.1:{port}") as client:
             await client.health()
 
 
