@@ -230,12 +230,12 @@ def test_what_the_file_should_not_say_is_refused_by_name_whatever_command_runs(n
         assert part in str(refused.value)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", None], ids=["not UTF-8", "no file"])
+@pytest.mark.parametrize("content", [b"\xff", b"\xff\xfez", None], ids=["not UTF-8", "not UTF-16", "no file"])
 def test_a_file_that_cannot_be_read_is_refused(content, tmp_path):
     file = tmp_path / "kvlink.toml"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"cannot read the configuration .*kvlink\.toml"):
+    with pytest.raises(ConfigError, match=r"the configuration .*kvlink\.toml"):
         ROOT.main(["--config", str(file), "models", "list"], standalone_mode=False)
 
 
