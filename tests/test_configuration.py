@@ -27,7 +27,19 @@ from kvlink.cli.configuration import (
     settings_of,
     unknown_variables,
 )
-from kvlink.cli.kinds import AddressText, Choice, File, Flag, Kind, Real, RecipeText, Size, Text, Whole
+from kvlink.cli.kinds import (
+    AddressText,
+    Choice,
+    File,
+    Flag,
+    Kind,
+    Real,
+    RecipeText,
+    Seconds,
+    Size,
+    Text,
+    Whole,
+)
 from kvlink.errors import ConfigError
 from kvlink.wire.session import Limits
 
@@ -49,7 +61,7 @@ def sample(kind: Kind, default: Any) -> tuple[str, Any]:
         return word, word
     for cls, found in (
         (AddressText, ("127.0.0.1:7", "127.0.0.1:7")), (RecipeText, ("int3", "int3")), (Whole, ("7", 7)),
-        (Size, ("3MB", "3MB")), (Real, ("0.5", 0.5)), (File, ("some/place", "some/place")), (Text, ("a b", "a b")),
+        (Size, ("3MB", "3MB")), (Seconds, ("2.5", 2.5)), (Real, ("0.5", 0.5)), (File, ("some/place", "some/place")), (Text, ("a b", "a b")),
     ):  # fmt: skip
         if isinstance(kind, cls):
             if found[1] == default:
