@@ -61,9 +61,11 @@ def sample(kind: Kind, default: Any) -> tuple[str, Any]:
         return word, word
     for cls, found in (
         (AddressText, ("127.0.0.1:7", "127.0.0.1:7")), (RecipeText, ("int3", "int3")), (Whole, ("7", 7)),
-        (Size, ("3MB", "3MB")), (Seconds, ("2.5", 2.5)), (Real, ("0.5", 0.5)), (File, ("some/place", "some/place")), (Text, ("a b", "a b")),
+        (Size, ("3MB", "3MB")), (Real, ("0.5", 0.5)), (File, ("some/place", "some/place")), (Text, ("a b", "a b")),
     ):  # fmt: skip
         if isinstance(kind, cls):
+            if isinstance(kind, Real) and kind._least > 0.5:
+                return str(kind._least + 0.5), kind._least + 0.5
             if found[1] == default:
                 return ("8", 8) if cls is Whole else ("0.75", 0.75)
             return found
