@@ -35,7 +35,6 @@ from kvlink.cli.kinds import (
     Kind,
     Real,
     RecipeText,
-    Seconds,
     Size,
     Text,
     Whole,
