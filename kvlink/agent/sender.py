@@ -221,7 +221,8 @@ class Sender:
     def recipe(self, text: str, wish: Wish | None = None) -> Recipe:
         """The recipe that a text stands for, `auto` included. Raises RecipeError, where the model cannot
         serve it too."""
-        found = automatic(self.lm.profile, wish or Wish()) if text == AUTO else Recipe.parse(text)
+        profile = None if "transform" in self.lm.traits.refused else self.lm.profile
+        found = automatic(profile, wish or Wish()) if text == AUTO else Recipe.parse(text)
         require_usable(self.lm, found)
         return found
 

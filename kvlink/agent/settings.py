@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvlink.bounds import TEXT
 from kvlink.recipe import DEFAULT_RECIPE
 from kvlink.transport.address import check_pattern
 from kvlink.wire.session import Limits
@@ -104,7 +105,7 @@ class SenderSettings:
     max_peer_bytes: int = setting(0, "Of it for one peer; 0: half.", option="max-peer-held")
     context_lifetime_s: float = setting(_LIFETIME_S, "Seconds that a context is held.", least=0.1)
     resume_lifetime_s: float = setting(_RESUME_S, "Seconds to resume a broken delivery in.")
-    max_text_bytes: int = setting(16_000_000, "Bytes of a text to read.", least=1)
+    max_text_bytes: int = setting(TEXT.most, "Bytes of a text to read.", least=1)
     max_reads: int = setting(8, "Contexts read or packed at a time.", least=1)
     max_peer_reads: int = setting(0, "Of them for one peer; 0: half.")
     max_waiting: int = setting(_WAITING, "Callers that may wait for a place.")

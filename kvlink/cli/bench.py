@@ -28,7 +28,7 @@ def bench() -> None:
 @app.command(cls=Command)
 def load(
     minutes: Annotated[float, option("minutes", Real(0.05, 1e5), "How long.")] = 4.0,
-    agents: Annotated[int, count("agents", "Agents at a time.")] = 12,
+    agents: Annotated[int, count("agents", "Agents at a time.", most=1000)] = 12,
     model: Model = MODEL,
     seed: Annotated[int, count("seed", "Of the contexts.", least=0)] = 0,
     as_json: Json = False,

@@ -12,7 +12,7 @@ import typer
 
 from kvlink import errors
 from kvlink.cli.configuration import Command
-from kvlink.cli.kinds import File, Real, Text
+from kvlink.cli.kinds import File, MemberText, Real, Text
 from kvlink.cli.options import Json, option
 from kvlink.defaults import CERTIFICATE_DAYS, RECEIVER, SENDER
 from kvlink.terminal import say, say_json
@@ -26,8 +26,8 @@ Network = Annotated[
     ),
 ]
 Days = Annotated[float, option("days", Real(0, 36_500, above=True), "Days that certificates are valid.")]
-Senders = Annotated[list[str] | None, option("sender", Text("name=host:port"), "A sender; repeat.")]
-Receivers = Annotated[list[str] | None, option("receiver", Text("name=host:port"), "A receiver; repeat.")]
+Senders = Annotated[list[str] | None, option("sender", MemberText(), "A sender; repeat.")]
+Receivers = Annotated[list[str] | None, option("receiver", MemberText(), "A receiver; repeat.")]
 Clients = Annotated[list[str] | None, option("client", Text("name"), "Who only calls; repeat.")]
 
 
@@ -100,9 +100,7 @@ def _members(sender: list[str] | None, receiver: list[str] | None, client: list[
     found = [("receiver", text) for text in receiver or ()] + [("sender", text) for text in sender or ()]
     members = []
     for kind, text in found:
-        name, mark, address = text.partition("=")
-        if not mark:
-            raise errors.ConfigError(f"expected NAME=HOST:PORT for a {kind}, got {text!r}")
+        name, _, address = text.partition("=")
         members.append(Member(name, kind, address))  # type: ignore[arg-type]
     return [*members, *(Member(name, "client") for name in client or ())]
 

@@ -55,7 +55,7 @@ def evaluate(
     pad_to: Annotated[
         int, count("pad-to", "Tokens a context has at least: other passages pad it.", least=0)
     ] = 0,
-    workers: Annotated[int, count("workers", "Processes; 0: one a core.", least=0)] = 0,
+    workers: Annotated[int, count("workers", "Processes; 0: one a core.", least=0, most=1024)] = 0,
     out: Annotated[Path, option("out", File(), "Folder of records, rows and the page.")] = Path(
         "kvlink-eval"
     ),

@@ -122,13 +122,13 @@ class Whole(Kind):
 
     def __init__(self, least: int = 0, most: int = MOST_COUNT) -> None:
         super().__init__("number")
-        self._least, self._most = least, most
+        self.least, self.most = least, most
         self.expected = f"a whole number {_span(least, most, MOST_COUNT)}"
 
     def _read(self, value: Any) -> int | None:
         if isinstance(value, str) and re.fullmatch("[+-]?[0-9]{1,20}", value):
             value = int(value)
-        good = isinstance(value, int) and not isinstance(value, bool) and self._least <= value <= self._most
+        good = isinstance(value, int) and not isinstance(value, bool) and self.least <= value <= self.most
         return value if good else None
 
 
@@ -141,17 +141,17 @@ class Real(Kind):
         self, least: float = 0.0, most: float = MOST_SECONDS, *, above: bool = False, name: str = "number"
     ) -> None:
         super().__init__(name)
-        self._least, self._most, self._above = least, most, above
+        self.least, self.most, self._above = least, most, above
         span = _span(least, most, MOST_SECONDS)
         self.expected = f"a number {span.replace('of at least', 'above') if above else span}"
 
     def _read(self, value: Any) -> float | None:
         if isinstance(value, str) and _NUMBER.fullmatch(value):
             value = float(value)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
             return None
-        if not self._least <= value <= self._most or (self._above and value == self._least):
-            return None
+        if not self.least <= value <= self.most or (self._above and value == self.least):
+            return None  # what is no number compares as false
         return float(value)
 
 
@@ -170,7 +170,7 @@ class Size(Kind):
 
     def __init__(self, least: int = 1, *, zero: bool = False) -> None:
         super().__init__("bytes")
-        self._least, self._zero = least, zero
+        self.least, self._zero = least, zero
         self.expected = f"bytes such as 200kB, 1.5MB or 8GB, {_span(least, MOST_BYTES, MOST_BYTES)}"
 
     def _read(self, value: Any) -> int | None:
@@ -182,7 +182,7 @@ class Size(Kind):
             if not _NUMBER.fullmatch(number) or not math.isfinite(float(number)):
                 return None
             value = round(float(number) * dict(self._UNITS).get(unit, 1))
-        good = isinstance(value, int) and not isinstance(value, bool) and self._least <= value <= MOST_BYTES
+        good = isinstance(value, int) and not isinstance(value, bool) and self.least <= value <= MOST_BYTES
         return value if good else None
 
     def shown(self, value: Any) -> str:
@@ -210,6 +210,20 @@ class AddressText(Kind):
             except InputError as error:
                 raise typer.BadParameter(str(error)) from None
         return value
+
+
+class MemberText(Kind):
+    """Who is at which address, `sender=10.0.0.5:50051`."""
+
+    expected = "NAME=HOST:PORT"
+
+    def __init__(self) -> None:
+        super().__init__("name=host:port")
+        self._address = AddressText()
+
+    def _read(self, value: Any) -> str | None:
+        name, _, address = value.partition("=") if isinstance(value, str) else ("", "", "")
+        return f"{name}={self._address(address)}" if name and address else None
 
 
 class RecipeText(Kind):

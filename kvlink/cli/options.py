@@ -10,7 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from kvlink.cli.kinds import AddressText, Choice, File, Kind, Real, RecipeText, Seconds, Size, Text, Whole
+from kvlink.cli.kinds import (
+    MOST_COUNT,
+    AddressText,
+    Choice,
+    File,
+    Kind,
+    Real,
+    RecipeText,
+    Seconds,
+    Size,
+    Text,
+    Whole,
+)
 
 
 def option(name: str, kind: Kind, help: str, *more: str, default: Any = None) -> Any:
@@ -88,11 +100,6 @@ Out = Annotated[Path, option("out", File(), "The .kvl file to write.", "-o")]
 Asked = Annotated[str, option("question", Text(), "The question that the selection serves.")]
 
 
-def count(name: str, help: str, least: int = 1) -> Any:
+def count(name: str, help: str, least: int = 1, most: int = MOST_COUNT) -> Any:
     """An option that is a whole number."""
-    return option(name, Whole(least), help)
-
-
-def texts(name: str, help: str, kind: Kind | None = None) -> Any:
-    """An option that may be repeated."""
-    return option(name, kind or Text(), help)
+    return option(name, Whole(least, most), help)

@@ -20,6 +20,7 @@ import google_crc32c
 from blake3 import blake3
 from google.protobuf.message import DecodeError
 
+from kvlink.bounds import TEXT
 from kvlink.codecs.base import SIDES
 from kvlink.errors import (
     IntegrityError,
@@ -58,7 +59,7 @@ class Limits:
     max_frame_bytes: int = 4_000_000
     max_frames: int = 1_000_000
     max_segments: int = 1024
-    max_text_bytes: int = 16_000_000
+    max_text_bytes: int = TEXT.most
 
 
 @dataclass(frozen=True, slots=True)
