@@ -18,6 +18,7 @@ from kvlink.agent.receiver import Held, Receiver
 from kvlink.agent.settings import ReceiverSettings
 from kvlink.agent.store import Store
 from kvlink.agent.threads import stream, to_thread
+from kvlink.agent.turns import Turns
 from kvlink.defaults import NEW_TOKENS
 from kvlink.errors import (
     BusyError,
@@ -51,6 +52,7 @@ class ReceiverService:
             "generations", told.max_generations, places_each=told.max_peer_generations,
             waiting=told.max_waiting, wait_s=told.wait_s,
         )  # fmt: skip
+        self._turns = Turns()
         self.arrivals = Arrivals(receiver, self.store, told, self.observer)
         self._prefill_tokens_per_s = 0.0
         for name, what, read in (
@@ -191,7 +193,7 @@ class ReceiverService:
             ):
                 first_s = last_s = 0.0
                 count = 0
-                async with aclosing(stream(steps)) as made:
+                async with aclosing(stream(lambda: self._turns.each(caller.account, steps))) as made:
                     async for step in made:
                         first_s, last_s, count = first_s or step.elapsed_s, step.elapsed_s, count + 1
                         yield Piece(step.text, (step.token_id,))

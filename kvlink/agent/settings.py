@@ -106,7 +106,7 @@ class SenderSettings:
     context_lifetime_s: float = setting(_LIFETIME_S, "Seconds that a context is held.", least=0.1)
     resume_lifetime_s: float = setting(_RESUME_S, "Seconds to resume a broken delivery in.")
     max_text_bytes: int = setting(TEXT.most, "Bytes of a text to read.", least=1)
-    max_reads: int = setting(8, "Contexts read or packed at a time.", least=1)
+    max_reads: int = setting(2, "Contexts read or packed at a time.", least=1)
     max_peer_reads: int = setting(0, "Of them for one peer; 0: half.")
     max_waiting: int = setting(_WAITING, "Callers that may wait for a place.")
     wait_s: float = setting(_WAIT_S, "Seconds that they wait at most.")
