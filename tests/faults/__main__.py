@@ -4,6 +4,7 @@
     fuzz           every parser under a coverage-guided fuzzer
     mutations      damaged and forged transfers
     cuts           transfers cut at every frame, on real connections, by the death of either process
+    fairness       an honest peer beside a greedy one
     peers          how long until a dead or silent peer is noticed
     goodput        a lossy line beside raw TCP
     load           many agents against one receiver
@@ -27,7 +28,7 @@ from kvlink.agent.sender import Sender
 from kvlink.eval import line
 from kvlink.eval.load import run_load
 from kvlink.model.loading import EMBEDDED, load
-from tests.faults import cuts, goodput, mutations, peers
+from tests.faults import cuts, fairness, goodput, mutations, peers
 
 SPECIFICATION = (
     "tests/wire", "tests/transport", "tests/fuzz", "tests/agent/test_security.py", "tests/agent/test_resume.py",
@@ -80,6 +81,7 @@ def main() -> None:
     step("mutations", lambda: _mutations(sender, told.mutations, told.seed))
     step("cuts", lambda: _cuts(sender, told.connections, told.deaths))
     step("peers", lambda: asyncio.run(peers.seconds_to_notice(sender, EMBEDDED)))
+    step("fairness", _fairness)
     step("goodput", _goodput)
     step("load", lambda: asyncio.run(run_load(told.minutes, told.agents, EMBEDDED, told.seed)).to_dict())
     summary, faults = _sum_up(found)
@@ -105,6 +107,14 @@ def _cuts(sender: Sender, connections: int, deaths: int) -> dict[str, Any]:
         "in_flight_bytes": report.in_flight_bytes, "answers_lost": report.answers_lost,
         "answers_wrong": report.answers_wrong, "notes": report.notes,
     }  # fmt: skip
+
+
+def _fairness() -> dict[str, Any]:
+    rows = asyncio.run(fairness.measure())
+    print(fairness.table(rows))
+    return {
+        row.kind: {"ratio": round(row.ratio, 2), "refused": row.refused, "fair": row.fair} for row in rows
+    }
 
 
 def _goodput() -> dict[str, Any]:
@@ -136,6 +146,7 @@ def _sum_up(found: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]
     faults += [f"another exception: {what}" for what in changed["other"][:5]]
     faults += [f"an answer of no context, {loaded['answers_other']} times"] if loaded["answers_other"] else []
     faults += [f"memory grew by {loaded['rss_growth']:.1%}"] if loaded["rss_growth"] > GROWTH else []
+    faults += [f"unfair: {kind}, {row}" for kind, row in found["fairness"].items() if not row["fair"]]
     for row in found["goodput"].get("rows", ()):
         if row["ratio"] < GOODPUT:
             faults.append(f"goodput at {row['loss']:.0%} loss: {row['ratio']:.2f} of raw TCP")
