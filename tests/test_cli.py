@@ -270,7 +270,7 @@ BAD = {
         3,
         "no directory './nowhere'",
     ),
-    "no agent": (["health", "127.0.0.1:9"], 4, "no agent answers"),
+    "no agent": (["health", "127.0.0.1:9"], 4, "nobody listens there"),
     "not a kvl": (["inspect", "{good}"], 5, "not a .kvl file"),
     "truncated kvl": (["inspect", "{cut}"], 5, "TruncatedError"),
     "no kvl": (["inspect", "{missing}"], 2, "cannot read"),
@@ -285,7 +285,7 @@ BAD = {
     "report nowhere": (
         ["ask", "--context", "{good}", "--question", "q", "--report", "/no/such/r.html"],
         2,
-        "no directory '/no/such'",
+        "there is no folder /no/such",
     ),
     "bits without a step": (
         ["pack", "--context", "{good}", "-o", "{out}", "--recipe", "int4", "--bits", "2"],
