@@ -110,7 +110,8 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an agent is and can do. `limits` by name, in bytes, tokens or counts."""
+    """What an agent is and can do. `limits` by name, in bytes, tokens or counts. `address`: where it says
+    that others reach it, empty where it says nothing."""
 
     model_name: str
     fingerprint: Fingerprint
@@ -125,3 +126,4 @@ class Capabilities:
     profiles: tuple[bytes, ...] = ()
     protocol_min: int = 1
     protocol_max: int = 1
+    address: str = ""

@@ -83,6 +83,7 @@ class ReceiverService:
             },
             prefill_tokens_per_s=self._prefill_tokens_per_s,
             profiles=tuple(bytes.fromhex(digest) for digest in self._receiver.known_profiles()),
+            address=self.settings.advertised_address,
         )
 
     async def put_profile(self, data: bytes) -> bytes:

@@ -93,6 +93,7 @@ class SenderService:
             release=RELEASE,
             limits={"max_context_tokens": lm.window, "max_text_bytes": self.settings.max_text_bytes},
             prefill_tokens_per_s=self._prefill_tokens_per_s,
+            address=self.settings.advertised_address,
         )
 
     async def publish(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvlink.bounds import TEXT
 from kvlink.recipe import DEFAULT_RECIPE
-from kvlink.transport.address import check_pattern
+from kvlink.transport.address import check_advertised, check_pattern
 from kvlink.wire.session import Limits
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ _WAITING, _WAIT_S = 64, 10.0
 _STOP_S = 8.0
 """Inside of the 10 s after which a container runtime kills."""
 _STOP_HELP = "Seconds from SIGTERM to the end of the process, whatever is at work."
+_ADVERTISE_HELP = "host:port that others reach this agent by, where that is not what it listens on."
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,11 @@ class ReceiverSettings:
     staging: Path | None = setting(None, "Folder where transfers outlive a restart of the agent.")
     max_staged_bytes: int = setting(_DISK_BYTES, "Bytes of that folder.", least=1)
 
+    advertised_address: str = setting("", _ADVERTISE_HELP, option="advertise")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "advertised_address", check_advertised(self.advertised_address))
+
     @property
     def limits(self) -> Limits:
         """What of these a session of the wire keeps."""
@@ -125,6 +131,8 @@ class SenderSettings:
     staging: Path | None = setting(None, "Folder where deliveries outlive a restart of the agent.")
     max_packed_bytes: int = setting(2_000_000_000, "Memory for packed transfers on their way.", least=1)
     max_staged_bytes: int = setting(_DISK_BYTES, "Bytes of the staging folder.", least=1)
+    advertised_address: str = setting("", _ADVERTISE_HELP, option="advertise")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "advertised_address", check_advertised(self.advertised_address))
         object.__setattr__(self, "peers", tuple(map(check_pattern, self.peers)))

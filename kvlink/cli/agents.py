@@ -36,7 +36,7 @@ from kvlink.cli.settings import has_settings, settings_from
 from kvlink.defaults import ATTENTION, DEVICE, DTYPE, MODEL, RECEIVER, SENDER
 from kvlink.observe import Observer
 from kvlink.quoting import shown
-from kvlink.terminal import say, say_json
+from kvlink.terminal import note, say, say_json
 
 
 @has_settings(ReceiverSettings)
@@ -74,7 +74,7 @@ def receiver(
             observer,
         )
 
-    _serve("receiver", listen, model, make, proof, insecure, metrics, trace_to, settings.stop_s)
+    _serve("receiver", listen, model, make, proof, insecure, metrics, trace_to, settings)
 
 
 @has_settings(SenderSettings)
@@ -110,7 +110,7 @@ def sender(
             observer,
         )
 
-    _serve("sender", listen, model, make, proof, insecure, metrics, trace_to, settings.stop_s)
+    _serve("sender", listen, model, make, proof, insecure, metrics, trace_to, settings)
 
 
 def _proof(listen: str, creds: Path | None, insecure: bool) -> Any:
@@ -132,13 +132,13 @@ def _serve(
     insecure: bool,
     metrics: str,
     trace_to: str,
-    stop_s: float,
+    settings: ReceiverSettings | SenderSettings,
 ) -> None:
     """Run an agent until it is told to stop."""
     from kvlink.transport.address import Address
     from kvlink.transport.server import Server
 
-    at = Address.parse(listen, listening=True)
+    at, advertised = Address.parse(listen, listening=True), settings.advertised_address
     observer = Observer(kind, metrics=bool(metrics), trace_to=trace_to)
     stop_metrics = (
         observer.serve(*astuple(Address.parse(metrics, listening=True))) if metrics else lambda: None
@@ -146,7 +146,13 @@ def _serve(
 
     def started(port: int) -> None:
         how = f", as {proof.name!r} over TLS" if proof else ""
-        say(f"kvlink {kind} with {shown(model)} listens on {replace(at, port=port)}{how}")
+        known_as = f", others reach it at {advertised}" if advertised else ""
+        say(f"kvlink {kind} with {shown(model)} listens on {replace(at, port=port)}{how}{known_as}")
+        if at.is_any and not advertised:
+            note(
+                f"kvlink {kind}: {at.host} is every address of this machine and no name that others reach it by: "
+                "give --advertise HOST:PORT, which handles and its capabilities then say"
+            )
 
     async def serve() -> None:
         service = make(observer)
@@ -161,7 +167,7 @@ def _serve(
             observer.watch("certificate_expires_in_seconds", about, lambda: proof.expires_in_s)
         handler: Any = {kind: service}
         server = Server(listen, **handler, insecure=insecure, credentials=proof)
-        await server.run(started, sweep, lambda: end_within(stop_s), stop_s * _DRAIN)
+        await server.run(started, sweep, lambda: end_within(settings.stop_s), settings.stop_s * _DRAIN)
 
     try:
         run(serve())
@@ -205,6 +211,7 @@ def health(
                     "model": there.model_name,
                     "dtype": there.dtype,
                     "release": there.release,
+                    "advertises": there.address,
                     "protocol": [there.protocol_min, there.protocol_max],
                     "weights": there.fingerprint.weights.hex(),
                 }
@@ -222,6 +229,7 @@ def health(
         say(
             f"{found['agent']} at {found['address']}: {found['status']}, {found['model']} ({found['dtype']}), "
             f"kvlink {found['release']}"
+            + (f", others reach it at {found['advertises']}" if told["advertises"] else "")
             + (f", certificate expires in {told['expires_in_s']:,} s" if told.get("expires_in_s") else "")
         )
     if told["status"] != "SERVING":

@@ -37,6 +37,12 @@ def warn(recipe: str) -> None:
         note(f"kvlink: warning: {line}")
 
 
+def is_said(context: Any, parameter: str) -> bool:
+    """Whether the command line, the environment or the file says it; else it is the default."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name != "DEFAULT"
+
+
 def quiet() -> None:
     """Libraries keep their notes to themselves; standard output belongs to the result."""
     import transformers

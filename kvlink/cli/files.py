@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvlink.cli.common import credentials, open_file, quiet, read_context, run, warn
+from kvlink.cli.common import credentials, is_said, open_file, quiet, read_context, run, warn
 from kvlink.cli.kinds import File, Text
 from kvlink.cli.options import (
     Asked,
@@ -47,6 +47,7 @@ HandleText = Annotated[str, typer.Argument(metavar="HANDLE", help="What 'kvlink 
 
 
 def publish(
+    ctx: typer.Context,
     context: Ctx,
     sender_at: SenderAt = SENDER,
     lifetime_s: Annotated[int, count("lifetime-s", "Seconds; 0: the sender's default.", least=0)] = 0,
@@ -62,13 +63,16 @@ def publish(
     from kvlink.transport.handle import Handle
 
     text, proof = read_context(context), credentials(creds, insecure)
+    named = is_said(ctx, "sender_at")
 
-    async def work() -> Any:
+    async def work() -> tuple[Any, str]:
         async with SenderClient(sender_at, proof, insecure=insecure) as source:
-            return await source.publish(text, lifetime_s, readers=readers or ())
+            # Who named an address knows a way to the sender; else the sender's own word is the better one.
+            said = "" if named else (await source.capabilities()).address
+            return await source.publish(text, lifetime_s, readers=readers or ()), said or sender_at
 
-    done = run(work())
-    handle = str(Handle(sender_at, done.context_id))
+    done, reached_at = run(work())
+    handle = str(Handle(reached_at, done.context_id))
     if as_json:
         say_json(
             {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from kvlink.agent.settings import About
-from kvlink.cli.kinds import File, Kind, Real, RecipeText, Size, Text, Whole
+from kvlink.cli.kinds import AddressText, File, Kind, Real, RecipeText, Size, Text, Whole
 from kvlink.cli.options import flag, option
 
 _TYPES: dict[str, Any] = {
@@ -62,6 +62,8 @@ def _parameter(f: Field[Any]) -> inspect.Parameter:
 def _kind(f: Field[Any], about: About) -> Kind:
     if f.name.endswith("_bytes"):
         return Size(int(about.least), zero=about.least == 0)
+    if f.name.endswith("_address"):
+        return AddressText(empty=True)
     if f.name.endswith("_recipe"):
         return RecipeText()
     if f.name.endswith("_s"):

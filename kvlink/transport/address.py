@@ -62,6 +62,15 @@ class Address:
         except ValueError:
             return False
 
+    @property
+    def is_any(self) -> bool:
+        """Whether it stands for every address of a machine: it can be listened on, not dialled."""
+        try:
+            found = ipaddress.ip_address(self.host)
+        except ValueError:
+            return False
+        return (getattr(found, "ipv4_mapped", None) or found).is_unspecified
+
     def matches(self, pattern: str) -> bool:
         """Whether a peer list's entry means it. `*` and `?` stand for any letters; brackets are brackets."""
         return fnmatch.fnmatchcase(str(self), pattern.lower().replace("[", "[[]"))
@@ -73,6 +82,21 @@ class Address:
                 f"refusing to {doing} {self} without encryption: a KV cache reveals the text it was made "
                 "from; give --credentials (see 'kvlink certs init'), or --insecure if the network is yours alone"
             )
+
+
+def check_advertised(text: str) -> str:
+    """What an agent says that others reach it by, in its one spelling; empty where it says nothing.
+
+    Raises ConfigError where nobody could dial it.
+    """
+    if not text:
+        return ""
+    found = Address.parse(text)
+    if found.is_any:
+        raise ConfigError(
+            f"{text!r} is every address of a machine, nobody can dial it: name one that others reach"
+        )
+    return str(found)
 
 
 def check_pattern(text: str) -> str:

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from kvlink.errors import ConfigError, RemoteProtocolError
 from kvlink.receipt import Capabilities, Certificate, Receipt
 from kvlink.texts import whole
+from kvlink.transport.address import check_advertised
 from kvlink.transport.api import Explanation, PushState, PushStatus
 from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
 from kvlink.wire.messages import (
@@ -136,10 +137,12 @@ def capabilities_to_proto(value: Capabilities) -> common_pb2.Capabilities:
         release=value.release,
         dtype=value.dtype,
         profiles=value.profiles,
+        address=value.address,
     )
 
 
 def capabilities_from_proto(message: common_pb2.Capabilities) -> Capabilities:
+    """Raises RemoteProtocolError where it calls itself by what is no address."""
     return Capabilities(
         model_name=message.model_name,
         fingerprint=fingerprint_from_proto(message.fingerprint),
@@ -154,7 +157,15 @@ def capabilities_from_proto(message: common_pb2.Capabilities) -> Capabilities:
         protocol_min=message.protocol_min,
         protocol_max=message.protocol_max,
         profiles=tuple(message.profiles),
+        address=_advertised(message.address),
     )
+
+
+def _advertised(text: str) -> str:
+    try:
+        return check_advertised(text)
+    except ConfigError as error:
+        raise RemoteProtocolError(f"Capabilities.address: {error}") from None
 
 
 def push_status_to_proto(status: PushStatus) -> receiver_pb2.PushCacheResponse:

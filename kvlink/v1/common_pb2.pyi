@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Capabilities(_message.Message):
-    __slots__ = ("protocol_min", "protocol_max", "model_name", "fingerprint", "modes", "codecs", "coders", "limits", "prefill_tokens_per_s", "release", "dtype", "profiles", "sketch")
+    __slots__ = ("protocol_min", "protocol_max", "model_name", "fingerprint", "modes", "codecs", "coders", "limits", "prefill_tokens_per_s", "release", "dtype", "profiles", "sketch", "address")
     PROTOCOL_MIN_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MAX_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class Capabilities(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     PROFILES_FIELD_NUMBER: _ClassVar[int]
     SKETCH_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
     protocol_min: int
     protocol_max: int
     model_name: str
@@ -35,7 +36,8 @@ class Capabilities(_message.Message):
     dtype: str
     profiles: _containers.RepeatedScalarFieldContainer[bytes]
     sketch: _wire_pb2.Sketch
-    def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., model_name: _Optional[str] = ..., fingerprint: _Optional[_Union[_wire_pb2.Fingerprint, _Mapping]] = ..., modes: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., coders: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., release: _Optional[str] = ..., dtype: _Optional[str] = ..., profiles: _Optional[_Iterable[bytes]] = ..., sketch: _Optional[_Union[_wire_pb2.Sketch, _Mapping]] = ...) -> None: ...
+    address: str
+    def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., model_name: _Optional[str] = ..., fingerprint: _Optional[_Union[_wire_pb2.Fingerprint, _Mapping]] = ..., modes: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., coders: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., release: _Optional[str] = ..., dtype: _Optional[str] = ..., profiles: _Optional[_Iterable[bytes]] = ..., sketch: _Optional[_Union[_wire_pb2.Sketch, _Mapping]] = ..., address: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_cache_bytes", "max_context_tokens", "max_frame_bytes", "max_segments", "max_text_bytes", "max_new_tokens")

@@ -59,6 +59,7 @@ CAPABILITIES: Rules = {
     "dtype": _DTYPE,
     "profiles": Many(64, _DIGEST),
     "sketch": Inner(),
+    "address": Words(320, r"[\x21-\x7e]*", "printable ASCII without blanks"),
 }
 
 _TARGET: Rules = {
