@@ -19,6 +19,16 @@ from kvlink.payload import Fingerprint, Prompt
 from kvlink.profile import Profile
 from kvlink.sketch import NOT_READ, Sketch
 
+_WINDOWS = ("max_position_embeddings", "max_seq_len", "n_positions", "max_target_positions")
+"""What families call the number of positions."""
+
+
+def window_of(config: Any) -> int:
+    """Positions that a model of a configuration can tell apart."""
+    text = config.get_text_config(decoder=True)
+    told = (getattr(text, name, None) for name in _WINDOWS)
+    return next((value for value in told if isinstance(value, int) and value > 0), 2**31)
+
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
@@ -42,11 +52,7 @@ class LanguageModel:
     @property
     def window(self) -> int:
         """Positions that the model can tell apart."""
-        config = self.model.config.get_text_config(decoder=True)
-        told = (
-            getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_positions")
-        )
-        return next((value for value in told if isinstance(value, int) and value > 0), 2**31)
+        return window_of(self.model.config)
 
     @property
     def dtype(self) -> str:

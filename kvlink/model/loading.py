@@ -22,6 +22,7 @@ from kvlink.defaults import ATTENTION, DEVICE, DTYPE
 from kvlink.errors import ConfigError, ContextError, ModelError, UnsupportedCacheError
 from kvlink.model.fingerprint import fingerprint_of, stamp
 from kvlink.model.language import LanguageModel as LanguageModel
+from kvlink.model.language import window_of
 from kvlink.model.probe import remembered_sketch
 from kvlink.model.self_test import traits_of
 from kvlink.model.sources import EMBEDDED as EMBEDDED
@@ -34,6 +35,10 @@ PROFILE_FILE = "kvlink.profile"
 """A profile of this name in a model's folder is used with it."""
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _CHANGING_ROPE = ("dynamic", "longrope")
+_PICKED = ("keep_window_size", "index_topk", "indexer_budget", "index_topk_blocks")
+"""Fields that say how many keys are attended to where there are more."""
+_WINDOW_OF_CACHE_ONLY = ("moshi", "kyutai_speech_to_text")
+"""Their cache forgets what is outside `sliding_window`, their attention in one read does not."""
 
 
 def load(
@@ -132,6 +137,20 @@ def check_config(config: Any) -> None:
             )
     if getattr(text, "attention_chunk_size", None):
         raise UnsupportedCacheError(f"{config.model_type}: chunked attention is not understood")
+    window = window_of(config)
+    for name in _PICKED:
+        most = getattr(text, name, None)
+        if isinstance(most, int) and most < window:
+            raise UnsupportedCacheError(
+                f"{config.model_type}: attention that picks {most} of its keys ({name}) is not understood"
+            )
+    if (
+        config.model_type in _WINDOW_OF_CACHE_ONLY
+        and (getattr(text, "sliding_window", None) or window) < window
+    ):
+        raise UnsupportedCacheError(
+            f"{config.model_type}: its cache slides ({text.sliding_window} tokens) where its attention does not"
+        )
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         kind = parameters.get("rope_type") or parameters.get("type")

@@ -5,9 +5,11 @@ A few forwards of at most 64 tokens of its own vocabulary, remembered by what th
     restore      a cache that left and came back gives the logits of one that never left, and both those of
                  one read of the whole text; else the model is refused
     selection    a cache without some positions gives the logits of the whole one with these masked
+    scope=head   no head looks at another's keys or values, so that each may keep positions of its own
     attention    what attends to what can be seen, so that a question may choose
     rotation     unrotated keys are the same at every position, and `on` undoes `off`
 
+Selection is tried over many more keys too, repeated ones, since some attention changes its ways where there are many.
 What only long texts show (windows that slide, rotations that change with length) is read from the configuration
 (`loading.check_config`). A use that does not pass is refused by name; numbers that are wrong are never let through.
 
@@ -27,7 +29,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from kvlink._release import RELEASE
-from kvlink.cache import KVCache
+from kvlink.cache import KVCache, LayerCache, full_positions
 from kvlink.errors import KvlinkError, UnsupportedCacheError
 from kvlink.model import remembered, rotary
 from kvlink.model.forward import forward, parameters
@@ -37,9 +39,13 @@ from kvlink.model.prefill import new_cache, read_question
 from kvlink.model.restore import extract, view
 from kvlink.model.traits import Traits, Use
 
-VERSION = 1
+VERSION = 2
 """Of the test: another number forgets what was remembered."""
 _CONTEXT, _QUESTION = 40, 8
+_CROWD = 4096
+"""Most keys that a question is read over."""
+_CROWD_NUMBERS = 2**27
+"""Most numbers of all these keys and values: 256 MB in half precision."""
 _EQUAL = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Most difference of logits that are the same by two ways of computing: root mean square, as a share of theirs."""
 _SAME = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.03}
@@ -95,6 +101,7 @@ class _Test:
             refused: dict[Use, str] = {}
             for use, test in (
                 ("selection", self._selection),
+                ("scope=head", self._heads),
                 ("attention", lambda: self._attention(cache)),
                 ("transform", self._rotation),
             ):
@@ -103,7 +110,7 @@ class _Test:
                         test()
                 except UnsupportedCacheError as error:
                     refused[use] = str(error)  # type: ignore[index]
-        return replace(self.lm.traits, refused={**refused, **self._consequences(refused)})
+        return replace(self.lm.traits, refused={**self._consequences(refused), **refused})
 
     def _consequences(self, refused: dict[Use, str]) -> dict[Use, str]:
         """What selection by head and during the prefill need beyond selection itself."""
@@ -174,10 +181,60 @@ class _Test:
                 found = self._continued(pruned, None)
                 self._require(found, masked, "pruned is not masked")
                 self._require(self._continued(turned, None), found, "the order of keys counts", _SAME)
+                if not padded:
+                    self._crowded(held)
                 return
         self._gain(replace(self.lm.traits, padded=False))
         raise UnsupportedCacheError(
             f"{self.kind}: a cache without some positions gives other logits than masking them"
+        )
+
+    def _crowded(self, held: KVCache) -> None:
+        """Among many keys the same holds: only their content counts, and pruned is masked (where no layer
+        slides, for a mask would hide keys from these too). Some attention is local, or picks its keys, only then."""
+        own: list[Any] = new_cache(self.lm).layers
+        numbers = 2 * self.lm.traits.kv_heads * self.lm.traits.head_size * len(own)
+        tokens = min(_CROWD, self.lm.window - _QUESTION, _CROWD_NUMBERS // numbers)
+        if tokens <= self.context:
+            return
+        layers = []
+        for layer, whole in zip(own, held.layers, strict=True):
+            count = min(tokens, int(layer.sliding_window) - 1) if layer.is_sliding else tokens
+            at = torch.arange(tokens - count, tokens) % self.context
+            places = full_positions(len(whole.keys), count, tokens - count)
+            layers.append(LayerCache(whole.keys[:, at], whole.values[:, at], places, bool(layer.is_sliding)))
+        crowd = KVCache(tuple(layers), tokens)
+        order = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
+        found = self._among(crowd, None)
+        self._require(
+            self._among(crowd.select(order), None), found, "among many keys their order counts", _SAME
+        )
+        if not any(layer.sliding for layer in crowd.layers):
+            kept = order[: tokens // 2].sort().values
+            seen = torch.zeros(tokens, dtype=torch.bool)
+            seen[kept] = True
+            masked = self._among(crowd, seen)
+            self._require(
+                self._among(crowd.select(kept), None), masked, "pruned is not masked among many keys"
+            )
+
+    def _among(self, held: KVCache, visible: Tensor | None) -> Tensor:
+        return next_logits(self.lm, view(self.lm, held), self.question, held.tokens, visible)
+
+    def _heads(self) -> None:
+        """Every head of every layer has its keys in an order of its own: only their content may count."""
+        if self.lm.traits.padded:
+            return  # refused already: all heads hold the same positions then
+        cache = DynamicCache()
+        self._read(self.ids, cache, 0)
+        held = extract(cache, self.context)
+        sets = len(held.layers), self.lm.traits.kv_heads, self.context
+        orders = torch.rand(sets, generator=torch.Generator().manual_seed(0)).argsort(-1)
+        self._require(
+            self._continued(held.select(orders), None),
+            self._continued(held, None),
+            "its heads look at each other's keys or values",
+            _SAME,
         )
 
     def _continued(self, held: KVCache, visible: Tensor | None) -> Tensor:

@@ -13,7 +13,9 @@ from kvlink.agent.sender import Sender
 from kvlink.agent.uses import require_usable, uses
 from kvlink.errors import RecipeError, UnsupportedCacheError
 from kvlink.model import self_test
-from kvlink.model.loading import embedded_folder, load, wrap
+from kvlink.model.generate import next_logits
+from kvlink.model.loading import check_config, embedded_folder, load, wrap
+from kvlink.model.restore import view
 from kvlink.model.traits import Traits
 from kvlink.recipe import Recipe
 from tests.sweep.families import SMALL, make
@@ -150,6 +152,59 @@ def test_attention_that_cannot_be_seen_refuses_what_looks_at_it(tokenizer, monke
     with pytest.raises(RecipeError, match="use int8"):
         require_usable(lm, Recipe.parse("q2c@0.5 int4"))
     require_usable(lm, Recipe.parse("streaming@0.5 int4"))
+
+
+@pytest.mark.parametrize("family", ["diffllama", "doge"])
+def test_heads_that_look_at_each_others_values_keep_the_same_positions(family, tokenizer):
+    """DiffLlama gives each head the values of two; Doge masks a head's keys by the values of all."""
+    model = make(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".A"):  # Doge's masks are even before it is trained
+                parameter.normal_(0, 3)
+    lm = wrap(family, model, tokenizer)
+    with pytest.raises(RecipeError, match="its heads look at each other's keys or values"):
+        require_usable(lm, Recipe.parse("q2c@0.5 raw scope=head"))
+    row = judge(family, model, tokenizer)
+    assert row.by_recipe["pruned"].kind == "exact", row
+
+
+def test_attention_that_is_local_beyond_the_short_text_is_seen(tokenizer):
+    """GPT-Neo's local layers count keys, of which the short text has fewer than their window."""
+    kind = transformers.GPTNeoConfig
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        kind(
+            vocab_size=3072, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=96, window_size=100,
+            max_position_embeddings=1024, attention_types=[[["global", "local"], 1]], eos_token_id=1, bos_token_id=2,
+        )
+    ).float()  # fmt: skip
+    lm = wrap("local", model, tokenizer)
+    sender, receiver = Sender(lm), Receiver(lm)
+    context = sender.read(TEXT * 8)
+    held = receiver.receive(sender.pack(context, "", "random@0.4 raw").frames).cache
+    ids, tokens = lm.question_ids("Where was Ren Holt born?", len(context.ids)), len(context.ids)
+    assert tokens > 200
+    seen = torch.zeros(tokens, dtype=torch.bool)
+    seen[held.layers[0].positions[0]] = True
+    masked = next_logits(lm, view(lm, context.cache), ids, tokens, seen)
+    torch.testing.assert_close(next_logits(lm, view(lm, held), ids, tokens), masked, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "words"),
+    [
+        ("DogeConfig", {"keep_window_size": 64}, "picks 64 of its keys"),
+        ("MoshiConfig", {"sliding_window": 64}, "cache slides"),
+    ],
+)
+def test_what_only_long_texts_would_show_is_refused_by_the_configuration(kind, sizes, words):
+    config = getattr(transformers, kind)(max_position_embeddings=512, **sizes)
+    with pytest.raises(UnsupportedCacheError, match=words):
+        check_config(config)
+    for name in sizes:
+        setattr(config, name, 512)
+    check_config(config)
 
 
 def test_logits_that_are_no_numbers_pass_nothing(tokenizer):
