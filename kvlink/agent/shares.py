@@ -10,7 +10,7 @@ Does not know: what is held, how long. Place on the path: under the stores of bo
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -80,6 +80,11 @@ class Shares:
             if nbytes > most:
                 raise LimitError(f"{nbytes} bytes for a {self._what}: at most {most} are held{whose} here")
 
+    def fits(self, nbytes: int, mine: Account, taken: Mapping[Account, int]) -> bool:
+        """Whether there is room for `nbytes` more of an account as it is. `taken`: bytes by account."""
+        own = sum(count for account, count in taken.items() if account.peer == mine.peer)
+        return own + nbytes <= self.max_peer_bytes and sum(taken.values()) + nbytes <= self.max_bytes
+
     def make_room(
         self, nbytes: int, mine: Account, movable: Iterable[Movable], taken: Mapping[Account, int]
     ) -> list[str] | None:
@@ -88,42 +93,43 @@ class Shares:
         `taken`: bytes by account of everything, movable or not. Raises LimitError.
         """
         self.check(nbytes)
-        left, used = list(movable), Counter(dict(taken))
+        left: dict[Account, deque[Movable]] = {}
+        for item in sorted(movable, key=lambda item: item.used_at):
+            left.setdefault(item.account, deque()).append(item)
+        used = Counter(dict(taken))
         going: list[str] = []
-        while True:
-            own = sum(count for account, count in used.items() if account.peer == mine.peer)
-            full, own_full = used.total() + nbytes > self.max_bytes, own + nbytes > self.max_peer_bytes
-            if not full and not own_full:
-                return going
-            able = [
-                item
-                for item in left
-                if (item.account.peer == mine.peer or not own_full) and self._yields(item, mine, nbytes, used)
-            ]
+        while not self.fits(nbytes, mine, used):
+            yielding = self._yielding(mine, nbytes, used)
+            able = [queue for account, queue in left.items() if account in yielding]
             if not able:
                 return None
-            victim = min(able, key=lambda item: (item.account == mine, item.used_at))
-            left.remove(victim)
+            queue = min(able, key=lambda queue: (queue[0].account == mine, queue[0].used_at))
+            victim = queue.popleft()
+            if not queue:
+                del left[victim.account]
             used[victim.account] -= victim.nbytes
             going.append(victim.key)
+        return going
 
-    def _yields(self, item: Movable, mine: Account, nbytes: int, used: Counter[Account]) -> bool:
-        """Whether a value goes for a newcomer: its own, or one beyond its share while the newcomer is within."""
-        theirs = item.account
-        if theirs == mine:
-            return True
-        if theirs.peer == mine.peer:
-            parts = {mine.asker: 0}
-            for account, count in used.items():
-                if account.peer == mine.peer:
-                    parts[account.asker] = parts.get(account.asker, 0) + count
-            return _beyond(parts, theirs.asker, mine.asker, nbytes, self.max_peer_bytes)
-        peers = {mine.peer: 0}
+    def _yielding(self, mine: Account, nbytes: int, used: Counter[Account]) -> set[Account]:
+        """Whose values go for a newcomer: its own, and those beyond their share while the newcomer is within."""
+        peers, parts = Counter({mine.peer: 0}), Counter({mine.asker: 0})
         for account, count in used.items():
-            peers[account.peer] = peers.get(account.peer, 0) + count
-        return _beyond(peers, theirs.peer, mine.peer, nbytes, self.max_bytes)
+            peers[account.peer] += count
+            if account.peer == mine.peer:
+                parts[account.asker] += count
+        askers = _beyond(parts, mine.asker, nbytes, self.max_peer_bytes)
+        own_full = peers[mine.peer] + nbytes > self.max_peer_bytes
+        others = set() if own_full else _beyond(peers, mine.peer, nbytes, self.max_bytes)
+        return {
+            account
+            for account in used
+            if account == mine
+            or (account.asker in askers if account.peer == mine.peer else account.peer in others)
+        }
 
 
-def _beyond(parts: dict[str, int], theirs: str, mine: str, nbytes: int, whole: int) -> bool:
+def _beyond(parts: Counter[str], mine: str, nbytes: int, whole: int) -> set[str]:
+    """Who has more than an even share of `whole`, where `mine` with `nbytes` more has no more than it."""
     share = whole // sum(1 for who, count in parts.items() if count or who == mine)
-    return parts[mine] + nbytes <= share < parts.get(theirs, 0)
+    return {who for who, count in parts.items() if count > share} if parts[mine] + nbytes <= share else set()

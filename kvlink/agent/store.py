@@ -9,6 +9,7 @@ Does not know: what is held, beyond its size. Place on the path: between a trans
 
 from __future__ import annotations
 
+import heapq
 import secrets
 import threading
 import time
@@ -68,6 +69,9 @@ class Store(Generic[T]):
         self._fresh_s = fresh_s
         self._wipe = wipe or (lambda _: None)
         self._entries: dict[str, _Entry[T]] = {}
+        self._endings: list[tuple[float, str]] = []
+        """A heap: when values expire, with some that are gone already."""
+        self._held: Counter[Account] = Counter()
         self._leaving: Counter[Account] = Counter()
         self._reserved: Counter[Account] = Counter()
         self._lock = threading.RLock()
@@ -88,7 +92,11 @@ class Store(Generic[T]):
             key = key or secrets.token_urlsafe(16)
             now = self._now()
             lasting = self.granted_s(lifetime_s)
+            if key in self._entries:
+                self._remove(key)
             self._entries[key] = _Entry(value, nbytes, whose, now + lasting, now, now + self._fresh_s)
+            self._held[whose.account] += nbytes
+            heapq.heappush(self._endings, (now + lasting, key))
             return key
 
     @contextmanager
@@ -164,7 +172,7 @@ class Store(Generic[T]):
     def held_bytes(self) -> int:
         with self._lock:
             self._expire()
-            return sum(entry.nbytes for entry in self._entries.values())
+            return self._held.total()
 
     @property
     def reserved_bytes(self) -> int:
@@ -196,6 +204,8 @@ class Store(Generic[T]):
     def _remove(self, key: str) -> None:
         entry = self._entries.pop(key)
         entry.gone = True
+        self._held[entry.whose.account] -= entry.nbytes
+        self._held = +self._held  # without those that have none
         if entry.users:
             self._leaving[entry.whose.account] += entry.nbytes
         else:
@@ -203,17 +213,27 @@ class Store(Generic[T]):
 
     def _expire(self) -> None:
         now = self._now()
-        for key in [key for key, entry in self._entries.items() if entry.expires_at <= now]:
-            self._remove(key)
+        while self._endings and self._endings[0][0] <= now:
+            until, key = heapq.heappop(self._endings)
+            entry = self._entries.get(key)
+            if entry is not None and entry.expires_at == until:
+                self._remove(key)
+        if len(self._endings) > 2 * len(self._entries) + 64:
+            self._endings = [(entry.expires_at, key) for key, entry in self._entries.items()]
+            heapq.heapify(self._endings)
 
     def _make_room(self, nbytes: int, account: Account) -> None:
         self._expire()
-        now, taken = self._now(), self._reserved + self._leaving
-        movable = []
-        for key, entry in self._entries.items():
-            taken[entry.whose.account] += entry.nbytes
-            if not entry.users and entry.fresh_until <= now:
-                movable.append(Movable(key, entry.whose.account, entry.nbytes, entry.last_used))
+        self._shares.check(nbytes)
+        taken = self._held + self._leaving + self._reserved
+        if self._shares.fits(nbytes, account, taken):
+            return
+        now = self._now()
+        movable = [
+            Movable(key, entry.whose.account, entry.nbytes, entry.last_used)
+            for key, entry in self._entries.items()
+            if not entry.users and entry.fresh_until <= now
+        ]
         going = self._shares.make_room(nbytes, account, movable, taken)
         if going is None:
             raise BusyError(

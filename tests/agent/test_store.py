@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from kvlink.agent.shares import Whose
@@ -169,3 +171,46 @@ def test_a_value_that_nobody_has_used_yet_makes_no_room_for_a_while(clock):
     store.put("y", 60)
     with pytest.raises(NotFoundError):
         store.get(key)
+
+
+def work_of(action) -> int:
+    """Calls of functions that an action makes: its cost on any machine."""
+    count = [0]
+
+    def counted(frame, event, argument):
+        count[0] += event in ("call", "c_call")
+
+    sys.setprofile(counted)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count[0]
+
+
+def filled(values: int) -> Store[str]:
+    store: Store[str] = Store("context", values * 10, 3600.0, max_peer_bytes=values * 10)
+    for _ in range(values - 1):
+        store.put("x", 10)
+    return store
+
+
+def test_what_a_call_costs_does_not_grow_with_what_is_held():
+    few, many = filled(50), filled(2000)
+    assert work_of(lambda: many.put("x", 10)) <= 2 * work_of(lambda: few.put("x", 10))
+    key = many.put("x", 10)
+    assert work_of(lambda: many.get(key)) < 50
+    assert work_of(lambda: many.held_bytes) < 50
+
+
+def test_one_large_value_in_place_of_many_small_ones_costs_what_there_are():
+    few, many = filled(100), filled(2000)
+    assert work_of(lambda: many.put("x", 10_000)) <= 40 * work_of(lambda: few.put("x", 500))
+    assert len(many) == 1001 and many.held_bytes == 20_000
+
+
+def test_a_value_under_a_known_key_takes_the_place_of_the_one_before(store):
+    store.put("x", 60, key="k")
+    store.put("y", 60, key="k")
+    assert store.get("k") == "y"
+    assert store.held_bytes == 60
