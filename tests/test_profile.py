@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlink.agent.receiver import MAX_PROFILES, Receiver
+from kvlink.agent.profiles import MAX_PROFILES
+from kvlink.agent.receiver import Receiver
 from kvlink.agent.sender import Sender
 from kvlink.errors import CodecError, ContextError, IdentityError, IntegrityError
 from kvlink.eval.profiling import make_profile
@@ -153,6 +154,9 @@ def test_a_receiver_keeps_the_last_few_profiles(random_lm, made):
     receiver = Receiver(random_lm("qwen2", "bfloat16"))
     for number in range(MAX_PROFILES + 2):
         receiver.add_profile(replace(made, about={"number": str(number)}).to_bytes())
+    assert len(receiver.profiles) == MAX_PROFILES // 2, "of one peer"
+    for number in range(MAX_PROFILES):
+        receiver.add_profile(replace(made, about={"other": str(number)}).to_bytes(), "another")
     assert len(receiver.profiles) == MAX_PROFILES
     shape = replace(made, keys=made.keys[:2], values=made.values[:2])
     with pytest.raises(IdentityError, match="2 layers"):

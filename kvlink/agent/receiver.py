@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from kvlink.agent.profiles import Profiles
 from kvlink.agent.sender import count_bytes
 from kvlink.agent.uses import require_usable
 from kvlink.cache import KVCache
@@ -42,8 +43,6 @@ from kvlink.wire.session import (
     TransferComplete,
 )
 
-MAX_PROFILES = 4
-
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -69,7 +68,7 @@ class Intake:
     ) -> None:
         """`profiles`: what senders have sent ahead, by digest in hex, beside the model's own."""
         self._lm = lm
-        self._profiles = profiles or {}
+        self._profiles = {} if profiles is None else profiles
         self._profile: Profile | None = None
         self.session = ReceiveSession(limits)
         self.held: Held | None = None
@@ -188,9 +187,12 @@ class Intake:
         own = self._lm.profile
         if own is not None and own.digest.hex() == named:
             return own
-        if named not in self._profiles:
-            raise IdentityError(f"profile {named[:12]} is not here; send it first, or use basis=own")
-        return self._profiles[named]
+        try:
+            return self._profiles[named]
+        except KeyError:
+            raise IdentityError(
+                f"profile {named[:12]} is not here; send it first, or use basis=own"
+            ) from None
 
     def _codec_context(self, manifest: Manifest) -> CodecContext:
         if not isinstance(manifest.recipe.codec, Transform):
@@ -223,12 +225,12 @@ class Receiver:
     def __init__(self, model: str | LanguageModel = EMBEDDED, **options: str) -> None:
         """`options`: device, dtype, attention, as for `model.loading.load`."""
         self.lm = load(model, **options) if isinstance(model, str) else model
-        self.profiles: dict[str, Profile] = {}
+        self.profiles = Profiles()
 
-    def add_profile(self, data: bytes) -> Profile:
-        """Take a profile that a sender has sent ahead; the last few are kept.
+    def add_profile(self, data: bytes, peer: str = "") -> Profile:
+        """Take a profile that a sender has sent ahead; a few are kept, against the share of `peer`.
 
-        Raises CodecError, and IdentityError where it is another model's or another shape's.
+        Raises CodecError, IdentityError where it is another model's or another shape's, BusyError.
         """
         profile = Profile.from_bytes(data)
         profile.require_match(self.lm.fingerprint)
@@ -238,9 +240,7 @@ class Receiver:
             raise IdentityError(
                 f"the profile has {found[0]} layers of {found[1]} channels, the model has others"
             )
-        while len(self.profiles) >= MAX_PROFILES:
-            del self.profiles[next(iter(self.profiles))]
-        self.profiles[profile.digest.hex()] = profile
+        self.profiles.add(profile, peer)
         return profile
 
     def known_profiles(self) -> list[str]:

@@ -86,9 +86,9 @@ class ReceiverService:
             address=self.settings.advertised_address,
         )
 
-    async def put_profile(self, data: bytes) -> bytes:
+    async def put_profile(self, data: bytes, caller: Caller = NOBODY) -> bytes:
         """Take a profile that a sender sends ahead of its transfers."""
-        return (await asyncio.to_thread(self._receiver.add_profile, data)).digest
+        return (await asyncio.to_thread(self._receiver.add_profile, data, caller.account)).digest
 
     async def push_cache(
         self, frames: AsyncIterator[bytes], caller: Caller = NOBODY

@@ -118,7 +118,7 @@ class _Receiver(_Agent):
 
     @unary
     async def PutProfile(self, request: Any, caller: Caller) -> Any:
-        return receiver_pb2.PutProfileResponse(digest=await self._handler.put_profile(request.data))
+        return receiver_pb2.PutProfileResponse(digest=await self._handler.put_profile(request.data, caller))
 
 
 class _Sender(_Agent):

@@ -24,7 +24,7 @@ from kvlink.eval.questions import generated
 from kvlink.model.generate import answer
 from kvlink.recipe import DEFAULT_RECIPE, Recipe, Wish
 from kvlink.show import receipt_dict
-from kvlink.transport.api import Delivery
+from kvlink.transport.api import Caller, Delivery
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.server import Server
 
@@ -299,9 +299,9 @@ async def test_a_profile_travels_once_to_a_receiver_that_lacks_it(tiny, stranger
     sent = []
     put = receiver.put_profile
 
-    async def counting(data: bytes) -> bytes:
+    async def counting(data: bytes, caller: Caller) -> bytes:
         sent.append(len(data))
-        return await put(data)
+        return await put(data, caller)
 
     receiver.put_profile = counting
     for _ in range(2):
