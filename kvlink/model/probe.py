@@ -86,7 +86,7 @@ def read(model: Any) -> Any:
     ids = probe_ids(model)
     cache = DynamicCache(config=model.config)
     try:
-        with _in_float32(model):
+        with in_float32(model):
             mask = torch.ones(len(ids), dtype=torch.long)
             forward(model, ids, cache, torch.arange(len(ids)), mask, last_only=True)
     except Exception as error:  # a model's code is foreign and raises anything
@@ -112,7 +112,7 @@ def _signs(count: int) -> Tensor:
 
 
 @contextmanager
-def _in_float32(model: Any) -> Iterator[None]:
+def in_float32(model: Any) -> Iterator[None]:
     """The model computes in float32 meanwhile: each layer's weights are widened around its own forward pass."""
     kept: dict[Any, Tensor] = {}
     precision = torch.get_float32_matmul_precision()

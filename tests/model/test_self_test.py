@@ -44,13 +44,27 @@ def test_a_family_works_through_every_recipe_or_is_refused_by_name(family, token
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("family", "padded"), [("falcon (ALiBi)", True), ("mpt", True), ("qwen3_moe", False), ("llama", False)]
+    ("family", "padded"),
+    [
+        ("falcon (ALiBi)", True),
+        ("mpt", True),
+        ("blenderbot-small", True),
+        ("qwen3_moe", False),
+        ("llama", False),
+    ],
 )
 def test_rounding_hides_no_bias_and_looks_like_none(family, padded, dtype, tokenizer):
     """In half precision a bias by the index of keys is still seen, and what rounding does is not taken for one."""
     traits = wrap(family, make(family).to(dtype), tokenizer).traits
     assert traits.padded is padded
     assert not {"selection", "attention", "transform"} & set(traits.refused)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["bert", "electra"])
+def test_an_encoder_is_refused_in_every_precision(family, dtype, tokenizer):
+    with pytest.raises(UnsupportedCacheError, match="an encoder's"):
+        wrap(family, make(family).to(dtype), tokenizer)
 
 
 def _broken(tokenizer, break_it, family: str = "llama"):
