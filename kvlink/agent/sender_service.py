@@ -68,7 +68,9 @@ class SenderService:
             max_peer_bytes=told.max_peer_bytes, wipe=Context.wipe,
         )  # fmt: skip
         staging = Staging(told.staging, told.max_staged_bytes) if told.staging else None
-        self.outbox = Outbox(told.resume_lifetime_s, told.max_packed_bytes, staging)
+        self.outbox = Outbox(
+            told.resume_lifetime_s, told.max_packed_bytes, staging, max_peer_bytes=told.max_peer_packed_bytes
+        )
         self._work = Gate(
             "reads", told.max_reads, places_each=told.max_peer_reads,
             waiting=told.max_waiting, wait_s=told.wait_s,
@@ -128,7 +130,7 @@ class SenderService:
             async def pack() -> Transfer:
                 return await self._pack(context, fetch.question, chosen, fetch.wish, key, caller)
 
-            packed = await self.outbox.get(key, caller.name, _digest(replace(fetch, next_sequence=0)), pack)
+            packed = await self.outbox.get(key, caller, _digest(replace(fetch, next_sequence=0)), pack)
         try:
             frames = packed.transfer.frames if packed.transfer else ()
             if fetch.next_sequence > len(frames):
@@ -162,7 +164,7 @@ class SenderService:
                 found = await self._pack(context, delivery.question, recipe, delivery.wish, key, caller)
                 return replace(found, receipt=found.receipt.with_stages(prefill=contexts.prefill_s))
 
-            packed = await self.outbox.get(key, caller.name, _digest(delivery), pack)
+            packed = await self.outbox.get(key, caller, _digest(delivery), pack)
             packed.receiver = delivery.receiver
             try:
                 async with aclosing(self._deliver(packed, delivery, there, contexts, caller)) as told:

@@ -129,7 +129,8 @@ class SenderSettings:
     attempts: int = setting(4, "Dials in a row that bring nothing before a delivery is broken.", least=1)
     retry_pause_s: float = setting(0.5, "Seconds before the second dial; later ones wait longer.")
     staging: Path | None = setting(None, "Folder where deliveries outlive a restart of the agent.")
-    max_packed_bytes: int = setting(2_000_000_000, "Memory for packed transfers on their way.", least=1)
+    max_packed_bytes: int = setting(4_000_000_000, "Memory for packed transfers on their way.", least=1)
+    max_peer_packed_bytes: int = setting(0, "Of it for one peer; 0: half.")
     max_staged_bytes: int = setting(_DISK_BYTES, "Bytes of the staging folder.", least=1)
     advertised_address: str = setting("", _ADVERTISE_HELP, option="advertise")
 
