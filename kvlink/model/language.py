@@ -73,7 +73,7 @@ class LanguageModel:
 
     @property
     def encoder(self) -> Encoder:
-        return encoder_for(self.tokenizer, self.template.source)
+        return encoder_for(self.tokenizer, self.template.written)
 
     @property
     def embeddings(self) -> int:

@@ -11,6 +11,7 @@ Does not know: caches, peers. Place on the path: before prefill and before gener
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import re
@@ -52,6 +53,8 @@ class Template:
     chat: Any = None
     options: tuple[tuple[str, Any], ...] = ()
     """What the template's program is given beside the conversation, such as `enable_thinking`."""
+    written: str = ""
+    """The program, and what it writes around turns of every role: markers may be put together from pieces."""
 
     @property
     def source(self) -> str:
@@ -100,7 +103,20 @@ def template_for(tokenizer: Any, options: Mapping[str, Any] | None = None) -> Te
     identity = source if not given else f"{source}\x00{json.dumps(given, sort_keys=True)}"
     digest = blake3(identity.encode()).hexdigest(length=8)
     told = tuple(given.items())
-    return Template(f"chat/{digest}", before, after, ask_before, ask_after, (), False, tokenizer, told)
+    written = source + _written(tokenizer, given)
+    return Template(
+        f"chat/{digest}", before, after, ask_before, ask_after, (), False, tokenizer, told, written
+    )
+
+
+def _written(tokenizer: Any, options: Mapping[str, Any]) -> str:
+    """What a chat template writes in conversations of every role; "" for one that it does not take."""
+    asked, answered = Turn("user", "x"), Turn("assistant", "x")
+    out: list[str] = []
+    for turns in ((), (asked, answered), (Turn("system", "x"),), (Turn("system", "x"), asked, answered)):
+        with contextlib.suppress(ModelError):
+            out += _render_chat(tokenizer, turns, options)
+    return "\n".join(out)
 
 
 def options_from(text: str) -> dict[str, Any]:
