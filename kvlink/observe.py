@@ -98,6 +98,7 @@ class Observer:
 
         def stop() -> None:
             server.shutdown()
+            server.server_close()
             thread.join()
 
         return stop
