@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors import SafetensorError
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvlink.cache import DTYPES
 from kvlink.defaults import ATTENTION, DEVICE, DTYPE
-from kvlink.errors import ConfigError, ContextError, ModelError, UnsupportedCacheError
+from kvlink.errors import ConfigError, ContextError, KvlinkError, ModelError, UnsupportedCacheError
 from kvlink.model.fingerprint import fingerprint_of, stamp
 from kvlink.model.language import LanguageModel as LanguageModel
 from kvlink.model.language import window_of
@@ -27,7 +26,7 @@ from kvlink.model.probe import remembered_sketch
 from kvlink.model.self_test import traits_of
 from kvlink.model.sources import EMBEDDED as EMBEDDED
 from kvlink.model.sources import embedded_folder as embedded_folder
-from kvlink.model.sources import folder_of
+from kvlink.model.sources import folder_of, with_all_weights
 from kvlink.model.template import options_from, template_for
 from kvlink.profile import Profile
 
@@ -64,16 +63,21 @@ def load(
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         check_config(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source,
+            output_loading_info=True,
             dtype=dtype if dtype == "auto" else DTYPES[dtype],
             attn_implementation=None if attention == "auto" else attention,
             use_safetensors=True,
             trust_remote_code=False,
         )
+        model = with_all_weights(*loaded)
         model.to(device)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(f"cannot load {name!r}: {str(error).strip().splitlines()[0]}") from error
+    except KvlinkError:
+        raise
+    except Exception as error:  # foreign code: configurations and tokenizers fail in any way
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"cannot load {name!r}: {words}") from error
     folder = folder or _snapshot(source)
     # What was replaced while it was read is not what the files say now.
     lm = wrap(name, model, tokenizer, before if before == stamp(folder) else None, options)

@@ -3,8 +3,9 @@
     recall(kind, key) → value or None        remember(kind, key, value)
 
 A value is small JSON. Each one is a file of its own, written beside and renamed, so that processes
-that write at once lose nothing; a file that cannot be read, or is not what was asked for, counts as
-none. The oldest files go beyond `MAX_FILES` of a kind. A directory that cannot be written is only slower.
+that write at once lose nothing; a file that cannot be read, is not what was asked for, or has changed
+since (its digest is in it), counts as none. The oldest files go beyond `MAX_FILES` of a kind. A directory
+that cannot be written is only slower.
 
 Does not know: what the values mean. Who remembers puts everything that decides the value into the key.
 Place on the path: before it.
@@ -46,14 +47,16 @@ def recall(kind: Kind, key: Any) -> Any:
         with open(_file(kind, key), "rb") as file:
             data = file.read(MAX_BYTES + 1)
         kept = json.loads(data) if len(data) <= MAX_BYTES else {}
-        return kept["value"] if kept["key"] == canonical(key) else None
+        whole = kept["key"] == canonical(key) and kept["digest"] == _digest(kind, key, kept["value"])
+        return kept["value"] if whole else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def remember(kind: Kind, key: Any, value: Any) -> None:
     """Keep `value` (JSON) for `key`. Where it cannot be kept nothing happens."""
-    data = json.dumps({"key": canonical(key), "value": value}).encode()
+    kept = {"key": canonical(key), "digest": _digest(kind, key, value), "value": value}
+    data = json.dumps(kept).encode()
     if len(data) > MAX_BYTES:
         return
     file = _file(kind, key)
@@ -62,6 +65,10 @@ def remember(kind: Kind, key: Any, value: Any) -> None:
         with whole_file(file, mode=0o600, durable=False) as out:
             out.write(data)
         _forget_oldest(file.parent)
+
+
+def _digest(kind: Kind, key: Any, value: Any) -> str:
+    return blake3(canonical([kind, canonical(key), value]).encode()).hexdigest(length=16)
 
 
 def _file(kind: Kind, key: Any) -> Path:

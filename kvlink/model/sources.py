@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,17 @@ def _beside(out: Path) -> Iterator[Path]:
         raise ConfigError(f"cannot keep a model in {out.parent}: {error.strerror or error}") from error
 
 
+def with_all_weights(model: Any, info: Mapping[str, Any]) -> Any:
+    """The model, where its files had every weight. What they lack transformers draws at random, anew each time.
+
+    Raises ModelError.
+    """
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1:,} more" if missing[1:] else ""
+        raise ModelError(f"the files lack weights that the configuration asks for: {missing[0]}{more}")
+    return model
+
+
 def _require_extra() -> None:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
@@ -233,9 +244,13 @@ def _unpack_to(file: Path, out: Path, source: str) -> None:
             with contextlib.redirect_stderr(io.StringIO()):  # the readers draw progress bars there
                 tokenizer = AutoTokenizer.from_pretrained(**at)
                 # Packed blocks would compute slowly, and could not be saved.
-                model = AutoModelForCausalLM.from_pretrained(
-                    **at, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    **at,
+                    dtype=torch.bfloat16,
+                    quantization_config=GgufConfig(dequantize=True),
+                    output_loading_info=True,
                 )
+                model = with_all_weights(*loaded)
                 model.save_pretrained(made)
                 tokenizer.save_pretrained(made)
         except OSError as error:

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.cache_utils import DynamicCache
 
 from kvlink.agent.receiver import Receiver
 from kvlink.agent.sender import Sender
-from kvlink.errors import ConfigError, ContextError, ModelError, UnsupportedCacheError
+from kvlink.errors import ConfigError, ContextError, KvlinkError, ModelError, UnsupportedCacheError
 from kvlink.model.loading import check_config, load, wrap
 from kvlink.model.restore import extract, join, view
 
@@ -150,3 +151,35 @@ def test_a_receiver_says_why_it_does_not_join_contexts(tiny):
     frames = [sender.pack(sender.read(text), "", "raw").frames for text in ("One text.", "Another text.")]
     with pytest.raises(ContextError, match="never attended to each other"):
         receiver.join(*(receiver.receive(f) for f in frames))
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(checkpoint, tmp_path):
+    """transformers would draw it at random, another one each time, under one remembered digest."""
+    folder = tmp_path / "lacking"
+    shutil.copytree(checkpoint("qwen2"), folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "layers.1" in name)
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for _ in range(2):
+        with pytest.raises(ModelError, match=f"lack weights .*{name}"):
+            load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rms_norm_eps", "1e-6"),
+        ("hidden_size", [64]),
+        ("num_attention_heads", 0),
+        ("layer_types", 7),
+        ("hidden_act", "x"),
+    ],
+)
+def test_a_configuration_of_odd_values_is_refused_in_a_line(name, value, checkpoint, tmp_path):
+    folder = tmp_path / "odd"
+    shutil.copytree(checkpoint("qwen2"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, name: value}))
+    with pytest.raises(KvlinkError, match="odd"):
+        load(str(folder))

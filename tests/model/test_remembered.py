@@ -55,6 +55,12 @@ def test_a_value_in_the_place_of_another_is_not_taken_for_it():
     assert recall("weights", "another key") is None
 
 
+def test_a_value_that_has_changed_on_the_disk_counts_as_none():
+    remember("self-test", KEY, {"kv_heads": 2})
+    _only_file().write_bytes(_only_file().read_bytes().replace(b'"kv_heads": 2', b'"kv_heads": 3'))
+    assert recall("self-test", KEY) is None
+
+
 def test_a_directory_that_cannot_be_written_is_only_slower(tmp_path, monkeypatch):
     blocked = tmp_path / "a file"
     blocked.write_text("")
