@@ -82,7 +82,8 @@ class Arrivals:
             waiting=settings.max_waiting, wait_s=settings.wait_s,
         )  # fmt: skip
         self._receiver, self._store, self._observer = receiver, store, observer
-        self._staging = Staging(settings.staging, settings.max_staged_bytes) if settings.staging else None
+        told = settings.max_staged_bytes, settings.max_peer_staged_bytes
+        self._staging = Staging(settings.staging, *told) if settings.staging else None
         self._incoming: dict[bytes, Incoming] = {}
         self._ended: OrderedDict[bytes, tuple[PushState, str, str]] = OrderedDict()
         """Transfer id → state, owner, why."""
@@ -193,7 +194,7 @@ class Arrivals:
                 log.warning("what was on disk is of no use: %s", error, extra=log_fields(incoming))
             incoming.file.close()
         incoming.intake = self._intake(frame)
-        incoming.file = self._staging.begin(key, _whose(incoming.caller))
+        incoming.file = self._staging.begin(key, _whose(incoming.caller), incoming.whose.account)
         incoming.file.add(frame)
 
     def _intake(self, frame: bytes) -> Intake:
@@ -220,6 +221,8 @@ class Arrivals:
         )
         incoming.intake.release()  # the store's bound and lifetime decide from here on
         if self._staging is not None and incoming.cache_id not in self._shelf:
+            for earlier in [name for name, (key, _) in self._shelf.items() if key == incoming.key]:
+                del self._shelf[earlier]  # its file made room, and the transfer has come again
             self._shelf[incoming.cache_id] = (incoming.key, until)
             notes = {**_whose(caller), "cache_id": incoming.cache_id, "expires_at": until}
             try:
@@ -228,6 +231,8 @@ class Arrivals:
                 log.warning(
                     "a cache will not outlive a restart: %s", error.strerror, extra=log_fields(incoming)
                 )
+        if self._staging is not None:
+            self._staging.rest(incoming.key)
         self.end(incoming, "complete")
         told = {**log_fields(incoming), "receipt": receipt.to_dict()}
         log.info("transfer complete: %d bytes, %s", receipt.wire_bytes, receipt.recipe, extra=told)
@@ -263,6 +268,8 @@ class Arrivals:
         incoming.reserved_bytes = 0
         incoming.ticket.leave()
         incoming.intake.release()
+        if self._staging is not None:
+            self._staging.rest(incoming.key)
         self._incoming.pop(incoming.key, None)
 
     def sweep(self) -> None:

@@ -20,7 +20,7 @@ from kvlink.agent.sender import Transfer
 from kvlink.agent.shares import Account, Movable, Shares
 from kvlink.agent.staging import Staging
 from kvlink.agent.threads import finished, to_thread
-from kvlink.errors import AccessError, BusyError, KvlinkError, RemoteProtocolError
+from kvlink.errors import AccessError, BusyError, KvlinkError, LimitError, RemoteProtocolError
 from kvlink.receipt import Receipt
 from kvlink.transport.api import Caller
 from kvlink.wire.messages import TRANSFER_ID_BYTES
@@ -167,9 +167,9 @@ class Outbox:
         told = packed.transfer.receipt.to_dict()
         notes = {"owner": packed.owner, "request": packed.request, "receipt": told}
         try:
-            self._staging.keep(key, packed.transfer.frames, notes)
+            self._staging.keep(key, packed.transfer.frames, notes, packed.account)
             self._known[key] = time.monotonic()
-        except (BusyError, OSError) as error:
+        except (BusyError, LimitError, OSError) as error:
             log.warning("a transfer will not outlive a restart: %s", error, extra={"transfer": key.hex()})
 
     def _from_disk(self, key: bytes) -> tuple[Packed, Transfer] | None:
@@ -182,6 +182,7 @@ class Outbox:
             return None
         file, frames = found
         file.close()
+        self._staging.rest(key)  # its frames are here
         session = ReceiveSession()
         try:
             for frame in frames:

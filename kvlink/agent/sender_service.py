@@ -67,7 +67,8 @@ class SenderService:
             "context", told.max_held_bytes, told.context_lifetime_s,
             max_peer_bytes=told.max_peer_bytes, wipe=Context.wipe,
         )  # fmt: skip
-        staging = Staging(told.staging, told.max_staged_bytes) if told.staging else None
+        disk = told.max_staged_bytes, told.max_peer_staged_bytes
+        staging = Staging(told.staging, *disk) if told.staging else None
         self.outbox = Outbox(
             told.resume_lifetime_s, told.max_packed_bytes, staging, max_peer_bytes=told.max_peer_packed_bytes
         )

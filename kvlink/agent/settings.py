@@ -87,6 +87,7 @@ class ReceiverSettings:
     stop_s: float = setting(_STOP_S, _STOP_HELP, least=1)
     staging: Path | None = setting(None, "Folder where transfers outlive a restart of the agent.")
     max_staged_bytes: int = setting(_DISK_BYTES, "Bytes of that folder.", least=1)
+    max_peer_staged_bytes: int = setting(0, "Of it for one peer; 0: half.")
 
     advertised_address: str = setting("", _ADVERTISE_HELP, option="advertise")
 
@@ -132,6 +133,7 @@ class SenderSettings:
     max_packed_bytes: int = setting(4_000_000_000, "Memory for packed transfers on their way.", least=1)
     max_peer_packed_bytes: int = setting(0, "Of it for one peer; 0: half.")
     max_staged_bytes: int = setting(_DISK_BYTES, "Bytes of the staging folder.", least=1)
+    max_peer_staged_bytes: int = setting(0, "Of it for one peer; 0: half.")
     advertised_address: str = setting("", _ADVERTISE_HELP, option="advertise")
 
     def __post_init__(self) -> None:
