@@ -8,7 +8,8 @@
     held = kvlink.unpack(receiver, message)
     print(receiver.answer(held, "Where was Jand Faris born?").text)
 
-Torch and transformers load when first needed: importing the package is cheap.
+Whatever has a name here is loaded when it is first used: importing the package takes milliseconds, and
+Ctrl-C in the first moment of a command finds the command, not the imports of the package.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvlink._release import RELEASE as __version__
-from kvlink.errors import KvlinkError
-from kvlink.receipt import Receipt
-from kvlink.recipe import DEFAULT_RECIPE, Recipe
 
 if TYPE_CHECKING:
     from kvlink.agent.receiver import Held, Receiver
     from kvlink.agent.sender import Context, Sender, Transfer
+    from kvlink.errors import KvlinkError
+    from kvlink.receipt import Receipt
+    from kvlink.recipe import Recipe
 
 __all__ = [
     "Context",
@@ -42,6 +43,9 @@ _LAZY = {
     "Sender": "kvlink.agent.sender",
     "Context": "kvlink.agent.sender",
     "Transfer": "kvlink.agent.sender",
+    "KvlinkError": "kvlink.errors",
+    "Receipt": "kvlink.receipt",
+    "Recipe": "kvlink.recipe",
     "Receiver": "kvlink.agent.receiver",
     "Held": "kvlink.agent.receiver",
 }
@@ -59,7 +63,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def pack(sender: Sender, context: Context, question: str, recipe: Recipe | str = DEFAULT_RECIPE) -> bytes:
+def pack(sender: Sender, context: Context, question: str, recipe: Recipe | str = "auto") -> bytes:
     """The bytes of a `.kvl` file: the context, reduced by `recipe` for `question`.
 
     Raises RecipeError and ContextError.

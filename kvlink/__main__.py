@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 
-def main() -> None:
+def main(command: str = "") -> None:
+    """`command`: of an entry point that is one command only, such as an agent's."""
     try:
-        from kvlink.cli import main as command  # here: Ctrl-C may come while it is being imported
+        from kvlink.cli import main as run  # here: Ctrl-C may come while it is being imported
 
-        command()
+        run(command)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

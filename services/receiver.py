@@ -1,6 +1,6 @@
 """Entry point of the receiver agent: `python services/receiver.py` is `kvlink receiver`."""
 
-from kvlink.cli import main
+from kvlink.__main__ import main
 
 if __name__ == "__main__":
     main("receiver")

@@ -1,6 +1,6 @@
 """Entry point of the sender agent: `python services/sender.py` is `kvlink sender`."""
 
-from kvlink.cli import main
+from kvlink.__main__ import main
 
 if __name__ == "__main__":
     main("sender")

@@ -42,6 +42,29 @@ def test_sigterm_ends_an_agent_while_its_model_loads(kind):
     assert err.strip() == "kvlink: stopped before it served"
 
 
+INTERRUPTED = """
+import runpy, sys
+class Interrupt:
+    def find_spec(name, path=None, target=None):
+        if name not in ("kvlink", "kvlink._release", "kvlink.__main__") and name.split(".")[0] == "kvlink":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt)
+sys.argv = sys.argv[1:]
+(runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module)(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("start_of", ["kvlink", "services/sender.py", "services/receiver.py"])
+def test_ctrl_c_in_the_first_moment_ends_a_command_without_a_word(start_of):
+    """While the very first module after the command's own is imported."""
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(root / start_of) if "/" in start_of else start_of],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 async def test_an_agent_under_load_tells_its_callers_and_ends(tiny):
     sender = Sender(tiny)
     frames = sender.pack(sender.read(CONTEXT), QUESTION, "int8").frames

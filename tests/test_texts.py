@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from kvlink.errors import ConfigError, ContextError
 from kvlink.texts import half_character, read_bytes, read_text, read_toml, whole
 from kvlink.transport import certs, convert
+from kvlink.transport.credentials import Credentials
 from kvlink.v1 import receiver_pb2, sender_pb2
 
 ANY = st.text(st.characters(codec=None), max_size=60)
@@ -130,3 +132,27 @@ def test_a_network_with_a_damaged_peer_is_refused_by_the_name_of_the_file(tmp_pa
     for work in (certs.renew, lambda folder: certs.add(folder, certs.Member("b", "client"))):
         with pytest.raises(ConfigError, match=r"a/peers\.toml"):
             work(tmp_path / "net")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('may = ["look"', 'may = ["lok"', "there is no right 'lok'; known: deliver, fetch"),
+        ('may = ["look"', 'may = [["look"]', "there is no right ['look']"),
+        ('may = ["look"]', 'may = "look"', "may must be a list, got 'look'"),
+        ("[access.", "[acess.", "nothing reads 'acess'; known: name, kind, address, dial, access"),
+        ("may = ", 'until = "noon"\nmay = ', "nothing reads 'until'; known: token_sha256, may"),
+        ('token_sha256 = "', 'token_sha256 = "\u00e9', "64 hexadecimal digits"),
+        ("token_sha256 = ", "token = ", "nothing reads 'token'"),
+        ("may = ", "dial = 1\nmay = ", "nothing reads 'dial'"),
+    ],
+)
+def test_a_line_about_peers_that_would_stand_there_in_vain_is_refused(tmp_path, before, after, message):
+    certs.begin(tmp_path, [certs.Member("a", "receiver", "127.0.0.1:1"), certs.Member("b", "client")])
+    peers = tmp_path / "a" / certs.PEERS
+    text = peers.read_text()
+    assert before in text, text
+    peers.write_text(text.replace(before, after, 1))
+    with pytest.raises(ConfigError, match=re.escape(message)) as refused:
+        Credentials(tmp_path / "a")
+    assert certs.PEERS in str(refused.value)

@@ -142,8 +142,7 @@ class Real(Kind):
     ) -> None:
         super().__init__(name)
         self.least, self.most, self._above = least, most, above
-        span = _span(least, most, MOST_SECONDS)
-        self.expected = f"a number {span.replace('of at least', 'above') if above else span}"
+        self.expected = f"a number {_span(least, most, MOST_SECONDS, above)}"
 
     def _read(self, value: Any) -> float | None:
         if isinstance(value, str) and _NUMBER.fullmatch(value):
@@ -244,7 +243,9 @@ class RecipeText(Kind):
         return value
 
 
-def _span(least: float, most: float, unbounded: float) -> str:
+def _span(least: float, most: float, unbounded: float, above: bool = False) -> str:
+    if above:
+        return f"above {least:g}" if most == unbounded else f"above {least:g}, at most {most:g}"
     return f"of at least {least:g}" if most == unbounded else f"from {least:g} to {most:g}"
 
 

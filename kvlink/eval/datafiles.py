@@ -17,6 +17,7 @@ import importlib
 import json
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -32,6 +33,8 @@ TRIVIA_WORDS = 800
 """Words of an evidence document that are read, as the data set's own conversion cuts them."""
 _MAX_EVIDENCE_BYTES = 64_000_000
 _MAX_DIGITS = 400
+_SHAPE = re.compile(r"""\s*(\{\s*["']|\[\s*["'{\]])""")
+"""How an object or a list begins that stands in a text."""
 
 
 class _OddError(ValueError):
@@ -155,9 +158,7 @@ def _paragraph(found: Found, context: Any, questions: _Questions) -> list[Item]:
             _text(context, "a context")
             fields = _object(entry, "a question")
             question = _text(fields.get("question"), "a question")
-            golds = (
-                () if fields.get("is_impossible") else _golds(found, where, _answers(fields.get("answers")))
-            )
+            golds = () if _impossible(fields) else _golds(found, where, _answers(fields.get("answers")))
             if not golds:
                 raise _OddError("a question has no answer")
             key = _name(entry, "id") or where, question
@@ -174,8 +175,26 @@ def _paragraph(found: Found, context: Any, questions: _Questions) -> list[Item]:
     ]
 
 
+def _impossible(fields: dict[str, Any]) -> bool:
+    """Whether a question says that it has no answer; tables write it as a word or a digit."""
+    found = fields.get("is_impossible")
+    words = {"true": True, "1": True, "false": False, "0": False, "": False, "none": False}
+    told = words.get(str(found).lower())
+    if told is None:
+        raise _OddError("is_impossible is neither true nor false")
+    return told
+
+
 def _answers(value: Any) -> list[Any]:
-    """The answers of a question, whatever shape they are in."""
+    """The answers of a question, whatever shape they are in.
+
+    A table's cell holds them as text: read where it is JSON; what else looks like a shape is no answer's words.
+    """
+    if isinstance(value, str) and _SHAPE.match(value):
+        try:
+            value = _parse(value)
+        except (ValueError, RecursionError):
+            raise _OddError("answers are a text that looks like an object and is no JSON") from None
     if isinstance(value, dict):
         if "text" not in value:
             raise _OddError("answers have no text")
@@ -292,6 +311,7 @@ def _read_lines(path: Path, text: str) -> _Lines | None:
     """The values of a file of lines; None where already its first is no JSON."""
     found = _Lines()
     for number, line in enumerate(text.split("\n"), 1):
+        line = line.removeprefix("\ufeff")  # of files that were put together
         if not line.strip():
             continue
         try:

@@ -12,14 +12,16 @@ from __future__ import annotations
 import datetime
 import hmac
 import logging
+import re
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from kvlink.errors import AccessError, ConfigError, CredentialsError
+from kvlink.errors import AccessError, ConfigError, CredentialsError, InputError
 from kvlink.texts import read_toml
 from kvlink.transport import certs
 from kvlink.transport.address import Address
@@ -225,19 +227,52 @@ class Credentials:
             raise ConfigError(
                 f"{self.folder}: the certificate is {name!r}'s, {certs.PEERS} says {peers.get('name')!r}"
             )
-        try:
-            dial = {
-                str(Address.parse(at)): Dial(str(told["name"]), str(told["token"]))
-                for at, told in _tables(peers, "dial")
-            }
-            access = {
-                who: _Access(str(told["token_sha256"]), frozenset(map(str, told["may"])))
-                for who, told in _tables(peers, "access")
-            }
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{self.folder / certs.PEERS}: a table lacks {error}") from error
+        dial, access = _peers(peers, self.folder / certs.PEERS)
         return _Loaded(name, since, until, authority, key, mark + chain, dial, access)
 
 
-def _tables(peers: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
-    return list(peers.get(name, {}).items())
+def _peers(peers: dict[str, Any], file: Path) -> tuple[dict[str, Dial], dict[str, _Access]]:
+    """Whom a file lets its owner dial, and whom it lets in. Raises ConfigError, naming table and key.
+
+    People edit it: what nothing reads is an error, so that no line stands there in vain.
+    """
+    of_file = {"name": str, "kind": str, "address": str, "dial": dict, "access": dict}
+    _only(peers, of_file, {"name"}, str(file))
+    dial, access = dict[str, Dial](), dict[str, _Access]()
+    for at, told in peers.get("dial", {}).items():
+        where = f"{file}: [dial.{at!r}]"
+        _only(told, {"name": str, "token": str}, {"name", "token"}, where)
+        try:
+            dial[str(Address.parse(at))] = Dial(told["name"], told["token"])
+        except InputError as error:
+            raise ConfigError(f"{where}: {error}") from error
+    for who, told in peers.get("access", {}).items():
+        where = f"{file}: [access.{who!r}]"
+        _only(told, {"token_sha256": str, "may": list}, {"token_sha256", "may"}, where)
+        if not _SHA256.fullmatch(told["token_sha256"]):
+            raise ConfigError(f"{where}: token_sha256 must be 64 hexadecimal digits in small letters")
+        for right in told["may"]:
+            if not isinstance(right, str) or right not in _KNOWN_RIGHTS:
+                raise ConfigError(
+                    f"{where}: there is no right {right!r}; known: {', '.join(sorted(_KNOWN_RIGHTS))}"
+                )
+        access[who] = _Access(told["token_sha256"], frozenset(told["may"]))
+    return dial, access
+
+
+def _only(table: Any, types: Mapping[str, type], needed: set[str], where: str) -> None:
+    """Raise ConfigError where a table is none, lacks a key, or has another one or another type."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: expected a table, got {table!r}")
+    for key, value in table.items():
+        if key not in types:
+            raise ConfigError(f"{where}: nothing reads {key!r}; known: {', '.join(types)}")
+        if not isinstance(value, types[key]):
+            raise ConfigError(f"{where}: {key} must be {_IN_WORDS[types[key]]}, got {value!r}")
+    for key in sorted(needed - table.keys()):
+        raise ConfigError(f"{where}: {key} is missing")
+
+
+_KNOWN_RIGHTS = frozenset(right for rights in RIGHTS.values() for right in rights)
+_SHA256 = re.compile("[0-9a-f]{64}")
+_IN_WORDS: dict[type, str] = {str: "a text", dict: "a table", list: "a list"}

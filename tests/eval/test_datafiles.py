@@ -51,6 +51,13 @@ READ = {
     "lines with blank ones and a mark": "\ufeff\n" + lines(flat(1), end="\r\n\r\n"),
     "lines of paragraphs": lines({"context": CONTEXT, "qas": [{"question": "Q?", "answers": ["cello"]}]}),
     "a line separator inside a line": json.dumps(flat(1, note="a\u2028b\x85c"), ensure_ascii=False) + "\n",
+    "lines put together of files with marks": "\ufeff\n\ufeff" + lines(flat(1)),
+    "answers as the text of a table's cell": lines(
+        flat(1) | {"answers": '{"text": ["cello"], "start": [50]}'}
+    ),
+    "a list of answers as a cell's text": lines(flat(1) | {"answers": ' [{"text": "cello"}]'}),
+    "possible in words": json.dumps(doc(is_impossible="False")),
+    "possible in digits": json.dumps(doc(is_impossible=0)),
     "a list of entries": json.dumps([flat(1)]),
     "a list of articles": json.dumps(doc()["data"]),
     "entries under data": json.dumps({"data": [flat(1)]}),
@@ -84,6 +91,12 @@ LEFT_OUT = {
     "no answers": (doc([]), "a question has no answer", "id '1'"),
     "answers null": (doc(None), "a question has no answer", "id '1'"),
     "impossible": (doc(is_impossible=True), "a question has no answer", "id '1'"),
+    "neither possible nor not": (
+        doc(is_impossible="perhaps"), "is_impossible is neither true nor false", "id '1'",
+    ),
+    "answers as Python writes them": (
+        doc("{'text': array(['cello'], dtype=object)}"), "answers are a text that looks like an object", "id '1'",
+    ),
     "answers without text": (doc({"start": [1]}), "answers have no text", "id '1'"),
     "half a character in a context": (doc(context="a \ud83c b"), "a context has half a character", "id '1'"),
     "half a character in an answer": (doc([{"text": "\ud83c"}]), "an answer has half a character", "data[1]"),
