@@ -31,6 +31,7 @@ from kvlink.model.template import Template
 from kvlink.payload import Fingerprint
 
 HARMLESS: dict[str, str] = {
+    "_attn_implementation_autoset": "which kernels",
     "_commit_hash": "where it was found",
     "transformers_version": "who wrote the file",
     "unsloth_fixed": "who wrote the file",
@@ -65,6 +66,11 @@ HARMLESS: dict[str, str] = {
     "max_position_embeddings": "how far, not how: a table is a weight; rotations that depend on it count",
 }
 """Fields of a configuration that change no cache, with the reason. All others count, known or not."""
+_OFF_IN_OLDER_RELEASES = (
+    "pruned_heads", "tf_legacy_loss", "torchscript", "use_bfloat16", "add_cross_attention", "tie_encoder_decoder",
+    "is_decoder",
+)  # fmt: skip
+"""Fields that older releases wrote into every configuration: where they are off they are as good as absent."""
 HARMLESS_WORDS: dict[str, str] = {
     "name_or_path": "where it was found",
     "_token_id": "generation; kvlink never pads",
@@ -180,7 +186,9 @@ def _counted(fields: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in fields.items()
-        if name not in HARMLESS and not any(word in name for word in HARMLESS_WORDS)
+        if name not in HARMLESS
+        and not any(word in name for word in HARMLESS_WORDS)
+        and (value or name not in _OFF_IN_OLDER_RELEASES)
     }
 
 
