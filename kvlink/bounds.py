@@ -38,6 +38,10 @@ FRAME = Bound(4_000_000, "bytes")
 RECIPE = Bound(8_192, "characters")
 LAYERS = Bound(4_096, "entries")
 TOKENS = Bound(2**24, "entries")
+PARTS = Bound(65_536, "entries")
+"""Of a segment: a map, and a few for keys and values of each layer."""
+SHOWN = Bound(1_000_000, "entries")
+"""Tokens of a context that is shown token by token."""
 TURNS = Bound(1_024, "entries")
 ANSWER = Bound(4_000_000, "bytes")
 """Of all text of an answer: what a peer has generated."""

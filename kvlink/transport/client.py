@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import sys
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,7 @@ from kvlink.transport.expected import Answered, Delivering, Pushing
 from kvlink.transport.status import from_rpc_error
 from kvlink.v1 import receiver_pb2, sender_pb2, wire_pb2
 from kvlink.wire.messages import TRANSFER_ID_BYTES
-from kvlink.wire.session import ReceiveSession
+from kvlink.wire.session import Limits, ReceiveSession
 
 
 def _wished(wish: Wish) -> dict[str, Any]:
@@ -199,7 +200,7 @@ class SenderClient(Client):
         A stream that breaks goes on at the next frame. Raises what a receiving session raises: the first
         frame that is none ends it, and so does a stream without an end.
         """
-        session = ReceiveSession(keep=False)
+        session = ReceiveSession(Limits(max_segments=1), keep=False)
         request = convert.request(
             sender_pb2.FetchCacheRequest,
             context_id=fetch.context_id,
@@ -208,20 +209,30 @@ class SenderClient(Client):
             transfer_id=fetch.transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES),
             **_wished(fetch.wish),
         )
+        left = fetch.wish.budget_bytes or sys.maxsize
 
         def frames() -> AsyncGenerator[bytes, None]:
             return self._messages("FetchCache", request, beats=False)  # a frame has no room for signs of life
 
         async with contextlib.aclosing(self._again(frames)) as found:
             async for frame in found:
-                self._take(session, frame)
+                left -= len(frame)
+                self._take(session, frame, request.transfer_id, left)
                 request.next_sequence = session.next_sequence
                 yield frame
         session.close()
 
-    def _take(self, session: ReceiveSession, frame: bytes) -> None:
+    def _take(self, session: ReceiveSession, frame: bytes, transfer_id: bytes, left: int) -> None:
+        """Take a frame of a transfer with `left` bytes of its budget after it."""
         try:
+            if left < 0:
+                raise RemoteProtocolError("the transfer has more bytes than the budget that was asked for")
             session.receive(frame)
+            found = session.manifest.transfer_id if session.manifest else b""
+            if found != transfer_id:
+                raise RemoteProtocolError(
+                    f"frame 0: asked for transfer {transfer_id.hex()}, found {found.hex()}"
+                )
         except KvlinkError as error:
             raise type(error)(f"{self.address}: {error}") from None
 

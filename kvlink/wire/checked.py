@@ -5,11 +5,14 @@ Does not know: what a message is for. Place on the path: the border itself.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from kvlink.bounds import MESSAGE, Many
+from kvlink.bounds import MESSAGE, PARTS, ByName, Many
 from kvlink.errors import KvlinkError
 from kvlink.wire.fields import FIELDS
 
@@ -21,9 +24,7 @@ def read(kind: type[M], data: bytes, raised: type[KvlinkError]) -> M:
     name = kind.DESCRIPTOR.name
     if len(data) > MESSAGE.most:
         raise raised(f"{name}: {MESSAGE}, found {len(data):,}")
-    most = _most_fields(name)
-    if _fields(data, most + 1) > most:
-        raise raised(f"{name}: at most {most:,} fields and entries, found more")
+    count(kind.DESCRIPTOR, data, raised)
     try:
         message = kind.FromString(data)
     except DecodeError:
@@ -53,31 +54,91 @@ def check(message: Message, raised: type[KvlinkError], path: str = "") -> None:
             check(value, raised, f"{path}.{name}")
 
 
-def _most_fields(name: str) -> int:
-    """Entries that the bytes of a message may have at its top: parsing more would cost more than it is worth."""
-    rules = FIELDS[name].values()
-    lists = sum(rule.most for rule in rules if isinstance(rule, Many))
-    return 64 + 2 * len(rules) + lists
+def count(kind: Any, data: bytes, raised: type[KvlinkError]) -> None:
+    """Raise `raised` where the bytes of a message hold more than it can say, without parsing them: in it or
+    in a message inside it too long a list, one field twice, or much that this release does not know.
+
+    Parsed, such bytes would take many times their size, or be kept by whoever keeps the message as it came.
+    """
+    what = _Walk(data).message(kind, 0, len(data), kind.name)
+    if what:
+        raise raised(what)
 
 
-def _fields(data: bytes, most: int) -> int:
-    """How many fields the bytes of a message have at its top, counted to `most`."""
-    at = count = 0
-    size = len(data)
-    while at < size and count < most:
-        tag, at = _varint(data, at)
-        kind = tag & 7
-        if kind == 0:
-            _, at = _varint(data, at)
-        elif kind == 2:
-            length, at = _varint(data, at)
-            at += length
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        else:
-            return most  # a group: no message of ours has one, and what is in it cannot be counted
-        count += 1
-    return count
+class _Walk:
+    """One pass over the bytes of a message."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._unknown_bytes = 0
+
+    def message(self, kind: Descriptor, at: int, end: int, path: str) -> str:
+        """What is wrong with the message from `at` to `end`; empty where nothing is, or the parser will say."""
+        known, found = _known(kind), dict[int, int]()
+        while at < end:
+            began = at
+            tag, at = _varint(self._data, at)
+            length = 0
+            if tag & 7 == 0:
+                _, at = _varint(self._data, at)
+            elif tag & 7 == 2:
+                length, at = _varint(self._data, at)
+                at += length
+            elif tag & 7 in (1, 5):
+                at += 8 if tag & 7 == 1 else 4
+            else:  # a group: no message of ours has one, and what is in it cannot be counted
+                return f"{path}: at most fields of known kinds, found a group"
+            field = known.get(tag >> 3)
+            if field is None:
+                self._unknown_bytes += at - began
+                if self._unknown_bytes > _MOST_UNKNOWN_BYTES:
+                    return f"{path}: at most {_MOST_UNKNOWN_BYTES:,} bytes of unknown fields, found more"
+                continue
+            packed = tag & 7 == 2 and field.is_packed
+            entries = found[tag >> 3] = found.get(tag >> 3, 0) + (max(1, length // 10) if packed else 1)
+            if entries > field.most:
+                return f"{path}.{field.name}: expected at most {field.most:,} entries, found more"
+            inner = field.inner if tag & 7 == 2 else None
+            if inner is None:
+                continue
+            what = self.message(inner, at - length, min(at, end), f"{path}.{field.name}")
+            if what:
+                return what
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    name: str
+    most: int
+    inner: Descriptor | None
+    is_packed: bool
+
+
+@cache
+def _known(kind: Descriptor) -> dict[int, _Field]:
+    """The fields of a message by number, with how often each may stand there."""
+    return {
+        field.number: _Field(
+            field.name,
+            _most(kind.name, field.name) if field.is_repeated else 1,
+            field.message_type,
+            field.is_repeated and field.message_type is None and field.type not in _NEVER_PACKED,
+        )
+        for field in kind.fields
+    }
+
+
+_NEVER_PACKED = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
+_MOST_UNKNOWN_BYTES = 1024
+"""Of what a later release may have added to a message."""
+
+
+def _most(kind: str, name: str) -> int:
+    rule = FIELDS.get(kind, {}).get(name)
+    if isinstance(rule, ByName):
+        return len(rule.names)
+    return rule.most if isinstance(rule, Many) else PARTS.most
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from kvlink.bounds import (
     LAYERS,
     MESSAGE,
     RECIPE,
+    SHOWN,
     TEXT,
     TOKENS,
     TURNS,
@@ -160,9 +161,9 @@ FIELDS: dict[str, Rules] = {
     "CancelDeliveryRequest": {"delivery_id": _TRANSFER},
     "CancelDeliveryResponse": {},
     "Explanation": {
-        "tokens": Many(TOKENS.most, Words(65_536)),
-        "need": Many(TOKENS.most, _SHARE),
-        "kept": Many(TOKENS.most, _SHARE),
+        "tokens": Many(SHOWN.most, Words(65_536)),
+        "need": Many(SHOWN.most, _SHARE),
+        "kept": Many(SHOWN.most, _SHARE),
     },
     "DeliverCacheResponse": {
         "sent_bytes": _SIZE,

@@ -33,6 +33,7 @@ from kvlink.errors import (
 from kvlink.payload import CacheShape, EncodedSegment, EncodedTensor, Part, PartKind
 from kvlink.recipe import Recipe
 from kvlink.v1 import wire_pb2 as pb
+from kvlink.wire import checked
 from kvlink.wire.messages import Manifest, manifest_from_proto, manifest_to_proto
 
 State = Literal["start", "open", "segment", "done", "failed"]
@@ -209,7 +210,10 @@ class ReceiveSession:
             raise LimitError(f"{where}: at most {self.limits.max_frames} frames")
         frame = pb.Frame()
         try:
+            checked.count(frame.DESCRIPTOR, data, RemoteProtocolError)
             frame.ParseFromString(data)
+        except RemoteProtocolError as error:
+            raise RemoteProtocolError(f"{where}: not a frame: {error}") from None
         except DecodeError as error:
             raise RemoteProtocolError(f"{where}: not a frame: {error}") from error
         kind = frame.WhichOneof("body")

@@ -20,6 +20,8 @@ from tests.agent.conftest import QUESTION, TEXT
 from tests.agent.lying import SENDER, serve
 
 ID = b"t" * 16
+UNKNOWN = b"\xfa\x01\x80\x10" + bytes(2048)
+"""A field of 2 kB that no message has."""
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,14 @@ def huge(frames: list[bytes]) -> list[bytes]:
     return [SendSession(replace(session.manifest, shape=shape)).open(), *frames[1:]]
 
 
+def another(frames: list[bytes]) -> list[bytes]:
+    """The manifest of a transfer that nobody asked for."""
+    session = ReceiveSession()
+    session.receive(frames[0])
+    assert session.manifest is not None
+    return [SendSession(replace(session.manifest, transfer_id=b"u" * 16)).open(), *frames[1:]]
+
+
 LIES: dict[str, tuple[Callable[[list[bytes]], Iterable[bytes]], type[KvlinkError], int]] = {
     "zeros": (lambda _: forever(bytes(1_000_000)), RemoteProtocolError, 0),
     "nothing, again and again": (lambda _: forever(b""), RemoteProtocolError, 0),
@@ -58,6 +68,8 @@ LIES: dict[str, tuple[Callable[[list[bytes]], Iterable[bytes]], type[KvlinkError
     "nothing at all": (lambda _: [], TruncatedError, 0),
     "a frame after the end": (lambda f: [*f, f[-1]], RemoteProtocolError, 10**6),
     "a frame of 5 MB": (lambda f: [f[0], f[1], f[2] + bytes(5_000_000)], LimitError, 2),
+    "another transfer": (lambda f: another(f), RemoteProtocolError, 0),
+    "much that nobody knows in a frame": (lambda f: [*f[:2], f[2] + UNKNOWN], RemoteProtocolError, 2),
     "more than anybody holds": (huge, LimitError, 0),
 }  # fmt: skip
 

@@ -184,3 +184,31 @@ def test_a_message_of_very_many_entries_is_not_even_parsed(name, monkeypatch):
 def test_the_documented_bounds_are_these():
     text = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
     assert checked.table() in text, "docs/security.md: `python -m kvlink.wire.checked` prints the table"
+
+
+def inside(number: int, data: bytes) -> bytes:
+    """A field that holds a message of some bytes."""
+    head, size = bytes([number << 3 | 2]), len(data)
+    while size > 127:
+        head, size = head + bytes([size & 127 | 128]), size >> 7
+    return head + bytes([size]) + data
+
+
+NESTED = {
+    "modes": ("GetCapabilitiesResponse", inside(1, b"\x2a\x00" * 9_000_000)),
+    "packed numbers": ("GetCapabilitiesResponse", inside(1, inside(13, inside(2, bytes(19_000_000))))),
+    "tokens": ("DeliverCacheResponse", inside(7, b"\x0a\x00" * 2_000_000)),
+    "stages": ("DeliverCacheResponse", inside(5, b"\x0a\x00" * 9_000_000)),
+    "unknown in a turn": ("PublishContextRequest", inside(3, b"\xfa\x01\x04abcd" * 1_000)),
+    "a field twice in a turn": ("PublishContextRequest", inside(3, b"\x12\x01a" * 2)),
+    "turns of a frame": ("Frame", inside(2, inside(7, b"\x22\x00" * 1_900_000))),
+    "parts of a frame": ("Frame", inside(3, b"\x2a\x00" * 1_900_000)),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_nor_is_one_with_very_many_entries_inside(name):
+    message, data = NESTED[name]
+    kind = MESSAGES.get(message, wire_pb2.Frame.DESCRIPTOR)
+    with pytest.raises(InputError, match="at most"):
+        checked.count(kind, data, InputError)
