@@ -100,11 +100,14 @@ class Staging:
                 return None
             found.at_rest = False
         frames: list[bytes] = []
-        with path.open("rb") as source, contextlib.suppress(DataError, ProtocolError, LimitError):
-            frames.extend(read_frames(source))
-        found.nbytes = _EMPTY_BYTES + sum(4 + len(frame) for frame in frames)
-        os.truncate(path, found.nbytes)
-        return Staged(self, key), frames
+        try:
+            with path.open("rb") as source, contextlib.suppress(DataError, ProtocolError, LimitError):
+                frames.extend(read_frames(source))
+            found.nbytes = _EMPTY_BYTES + sum(4 + len(frame) for frame in frames)
+            os.truncate(path, found.nbytes)
+            return Staged(self, key), frames
+        except FileNotFoundError:  # given up meanwhile
+            return None
 
     def first_frame(self, key: bytes) -> bytes:
         """The first frame of a transfer, without reading the others; empty where there is none."""
@@ -215,7 +218,9 @@ class Staged:
 
     def __init__(self, staging: Staging, key: bytes) -> None:
         self._staging, self._key = staging, key
-        self._out = (staging.folder / f"{key.hex()}.kvl").open("ab", buffering=0)
+        path = staging.folder / f"{key.hex()}.kvl"
+        # Without O_CREAT: what was given up meanwhile is not made anew.
+        self._out = os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0)
         self._whole = self._out.tell()
 
     def add(self, *frames: bytes) -> None:

@@ -175,3 +175,18 @@ async def test_a_peers_cache_on_disk_outlives_a_restart_beside_a_greedy_one(rand
     assert await push("m0", "mallory"), "what made room comes again under its own id"
     service.delete_cache(annas, Caller("anna"))
     assert not list(tmp_path.glob(f"{key('anna').hex()}.*"))
+
+
+def test_what_is_given_up_while_it_is_read_is_not_there(tmp_path, monkeypatch):
+    staging = Staging(tmp_path, 1000)
+    keep(staging, "a", ANNA, 400)
+    read = module.read_frames
+
+    def read_and_lose(source):
+        yield from read(source)
+        staging.forget(key("a"))
+
+    monkeypatch.setattr(module, "read_frames", read_and_lose)
+    assert staging.resume(key("a")) is None
+    assert on_disk(staging) == set()
+    assert list(tmp_path.iterdir()) == []
