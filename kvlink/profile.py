@@ -31,6 +31,8 @@ from kvlink.payload import Fingerprint
 FORMAT = "kvlink-profile/1"
 MAX_BYTES = 512_000_000
 _CODE_LIMIT = 127
+_HEADER_BYTES = 500_000
+"""Of JSON that is read before anything is known of it: 6 tensors of about 90 bytes for each of 900 layers."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _step_quality(code: Any, share: Any) -> tuple[int, float]:
 def _metadata(data: bytes) -> dict[str, Any]:
     """The header's metadata; safetensors hands it out only for files."""
     size = int.from_bytes(data[:8], "little")
-    if not 2 <= size <= min(len(data) - 8, 10_000_000):
+    if not 2 <= size <= min(len(data) - 8, _HEADER_BYTES):
         raise CodecError("not a profile: its header does not fit the file")
     found = json.loads(data[8 : 8 + size])["__metadata__"]
     return dict(found)

@@ -210,6 +210,12 @@ def _with(told: str, **fields: str) -> str:
     return json.dumps({**json.loads(told), **fields}, sort_keys=True)
 
 
+def test_a_header_of_megabytes_is_refused_before_it_is_parsed():
+    listed = b'{"__metadata__": [' + b"0," * 500_000 + b"0]}"
+    with pytest.raises(CodecError, match="its header does not fit"):
+        Profile.from_bytes(len(listed).to_bytes(8, "little") + listed)
+
+
 def test_damaged_profiles_are_refused(made):
     for name, data in _damaged(made).items():
         with pytest.raises(CodecError):
