@@ -6,6 +6,8 @@
     say_table     rows under titles
     progress      a bar on standard error while that is a terminal
 
+    open_standard_streams   comes first
+
 Words of peers, files, models and arguments go in as they are. Out goes nothing that a terminal obeys,
 turns round or cannot show, one value stays on one line, and none is longer than `quoting` lets it be.
 
@@ -32,6 +34,20 @@ Side = Literal["left", "right"]
 
 _FILE_WIDTH = 170
 """Columns of a table where standard output is no terminal: in a file tables keep their columns."""
+
+
+def open_standard_streams() -> None:
+    """Make /dev/null of each standard stream that was closed (`>&-`), before anything else is opened.
+
+    Else there is none to write to, and the next file or connection that is opened takes its number.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, descriptor == number)
+            mode = "w" if number else "r"
+            stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - stays open
+            setattr(sys, name, stream)
 
 
 def say(line: object) -> None:
@@ -86,11 +102,15 @@ def _put(text: str, end: str = "\n") -> None:
     try:
         print(_encodable(text, sys.stdout), end=end, flush=True)
     except OSError as error:
-        # What is left in the buffer would be tried again, and complained about, when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        drop_output()
         if isinstance(error, BrokenPipeError):
             raise SystemExit(0) from None
         raise ConfigError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def drop_output() -> None:
+    """What is left in the buffer would be tried again, and complained about, when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _encodable(text: str, out: Any) -> str:

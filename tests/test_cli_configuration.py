@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from kvlink.cli.kinds import Real, Size
 from kvlink.transport import certs
 from kvlink.transport.certs import Member
 from tests.command import CONTEXT, QUESTION, free_address, kvlink
@@ -95,3 +97,14 @@ def test_a_message_that_nobody_measured_is_said_to_be_one(checkpoint, tmp_path):
     for way in ("--verify", "kvlink profile build"):
         assert way in warning
     assert json.loads(kvlink("inspect", file, "--json").stdout)["warnings"] == [warning]
+
+
+@pytest.mark.parametrize("size", [1, 2**53 + 1, 2**63 - 1])
+def test_a_whole_number_of_bytes_is_the_same_as_text_and_as_a_number(size):
+    assert Size()(str(size)) == Size()(f"{size}B") == Size().typed(size) == size
+
+
+def test_what_a_refused_number_may_be_is_said_as_it_is():
+    for kind, said in ((Real(most=64, above=True), "above 0, at most 64"), (Real(above=True), "above 0")):
+        with pytest.raises(typer.BadParameter, match=f"expected a number {said}, got '0'"):
+            kind("0")

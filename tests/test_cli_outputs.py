@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import subprocess
@@ -96,3 +97,49 @@ def test_a_packed_file_can_go_through_a_pipe(context, tmp_path, checkpoint):
     assert told.returncode == 0, told.stderr
     full = kvlink("pack", "--context", context, "--model", model, "-o", "/dev/full")
     assert "No space left on device" in line_of(full)
+
+
+@pytest.mark.parametrize(
+    ("closed", "words", "code"),
+    [
+        (1, ["--version"], 0),
+        (1, ["certs", "init", "net"], 0),
+        (2, ["health", "127.0.0.1:1"], 4),
+        (0, ["publish", "--context", "-"], 2),
+    ],
+)
+def test_a_closed_standard_stream_is_one_that_nobody_reads(tmp_path, closed, words, code):
+    done = subprocess.run(
+        [sys.executable, "-m", "kvlink", *words],
+        cwd=tmp_path, capture_output=True, check=False, preexec_fn=lambda: os.close(closed),
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert done.stderr.count(b"\n") == (1 if closed == 0 else 0)
+
+
+def test_what_closed_streams_leave_free_is_taken_by_no_file(tmp_path):
+    """A file with the number of standard output would take every line that is printed."""
+    script = (
+        "import os, sys; from kvlink.terminal import *; open_standard_streams()\n"
+        "file = os.open('x', os.O_CREAT | os.O_WRONLY); assert file > 2, file\n"
+        "print('said'); print('noted', file=sys.stderr); assert sys.stdin.read() == ''"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, check=False, preexec_fn=lambda: os.closerange(0, 3)
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "x").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["sender", "--help"], ["certs", "init", "--help"], ["--version"]]
+)
+def test_help_that_cannot_be_written_is_one_line(words):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvlink", *words], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 2
+    assert b"No space left" in done.stderr
+    assert done.stderr.count(b"\n") == 1

@@ -24,7 +24,7 @@ from kvlink._release import RELEASE
 from kvlink.cli import agents, asking, bench, certificates, evaluating, files, models, profiles
 from kvlink.cli.configuration import Command, configure
 from kvlink.cli.kinds import File
-from kvlink.terminal import note, say
+from kvlink.terminal import drop_output, note, open_standard_streams, say
 
 _HELP = """One agent hands over what it has read: selected, compressed KV caches over gRPC.
 
@@ -91,6 +91,7 @@ def main(command: str = "") -> None:
 
     `command`: of an entry point that is one command only; `--config FILE` may still stand first.
     """
+    open_standard_streams()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it notes on standard error we say ourselves
     # Kernels are kept by shape, and each length of a text is a shape: of the 1024 of every thread and the 1024 of
     # all, an agent has a gigabyte after some thousand calls. Generating needs fewer than ten.
@@ -110,6 +111,10 @@ def main(command: str = "") -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(0) from None
+    except OSError as error:  # of help that cannot be written: the system's own words
+        drop_output()
+        note(f"kvlink: {error}")
+        raise SystemExit(2) from None
     raise SystemExit(ended if isinstance(ended, int) else 0)
 
 

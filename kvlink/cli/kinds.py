@@ -180,7 +180,10 @@ class Size(Kind):
             number = value.removesuffix(unit)
             if not _NUMBER.fullmatch(number) or not math.isfinite(float(number)):
                 return None
-            value = round(float(number) * dict(self._UNITS).get(unit, 1))
+            digits = (
+                int(number) if number.isdecimal() else float(number)
+            )  # all digits of a whole number count
+            value = round(digits * dict(self._UNITS).get(unit, 1))
         good = isinstance(value, int) and not isinstance(value, bool) and self.least <= value <= MOST_BYTES
         return value if good else None
 
