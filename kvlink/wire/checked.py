@@ -164,7 +164,3 @@ def table() -> str:
 
 
 _SILENT = ("a message", "a value that is known")
-
-
-if __name__ == "__main__":
-    print(table())

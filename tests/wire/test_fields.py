@@ -183,7 +183,7 @@ def test_a_message_of_very_many_entries_is_not_even_parsed(name, monkeypatch):
 
 def test_the_documented_bounds_are_these():
     text = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
-    assert checked.table() in text, "docs/security.md: `python -m kvlink.wire.checked` prints the table"
+    assert checked.table() in text, "docs/security.md: `python scripts/bounds_table.py` prints the table"
 
 
 def inside(number: int, data: bytes) -> bytes:
