@@ -5,8 +5,80 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from kvlink.v1.wire_pb2 import Frame as Frame
+from kvlink.v1.wire_pb2 import Manifest as Manifest
+from kvlink.v1.wire_pb2 import Fingerprint as Fingerprint
+from kvlink.v1.wire_pb2 import Sketch as Sketch
+from kvlink.v1.wire_pb2 import CacheShape as CacheShape
+from kvlink.v1.wire_pb2 import WholeLayer as WholeLayer
+from kvlink.v1.wire_pb2 import Amount as Amount
+from kvlink.v1.wire_pb2 import Selection as Selection
+from kvlink.v1.wire_pb2 import Quantizer as Quantizer
+from kvlink.v1.wire_pb2 import LayerOverride as LayerOverride
+from kvlink.v1.wire_pb2 import Codec as Codec
+from kvlink.v1.wire_pb2 import Quantized as Quantized
+from kvlink.v1.wire_pb2 import LowRank as LowRank
+from kvlink.v1.wire_pb2 import Transform as Transform
+from kvlink.v1.wire_pb2 import Recipe as Recipe
+from kvlink.v1.wire_pb2 import Turn as Turn
+from kvlink.v1.wire_pb2 import Prompt as Prompt
+from kvlink.v1.wire_pb2 import Part as Part
+from kvlink.v1.wire_pb2 import SegmentHeader as SegmentHeader
+from kvlink.v1.wire_pb2 import Chunk as Chunk
+from kvlink.v1.wire_pb2 import SegmentEnd as SegmentEnd
+from kvlink.v1.wire_pb2 import End as End
+from kvlink.v1.wire_pb2 import Mode as Mode
+from kvlink.v1.wire_pb2 import Dtype as Dtype
+from kvlink.v1.wire_pb2 import Unit as Unit
+from kvlink.v1.wire_pb2 import Method as Method
+from kvlink.v1.wire_pb2 import Scope as Scope
+from kvlink.v1.wire_pb2 import When as When
+from kvlink.v1.wire_pb2 import Axis as Axis
+from kvlink.v1.wire_pb2 import SegmentKind as SegmentKind
+from kvlink.v1.wire_pb2 import Coder as Coder
 
 DESCRIPTOR: _descriptor.FileDescriptor
+MODE_UNSPECIFIED: _wire_pb2.Mode
+MODE_KV: _wire_pb2.Mode
+MODE_TEXT: _wire_pb2.Mode
+MODE_SCOUT: _wire_pb2.Mode
+MODE_HYBRID: _wire_pb2.Mode
+DTYPE_UNSPECIFIED: _wire_pb2.Dtype
+DTYPE_BFLOAT16: _wire_pb2.Dtype
+DTYPE_FLOAT16: _wire_pb2.Dtype
+DTYPE_FLOAT32: _wire_pb2.Dtype
+UNIT_UNSPECIFIED: _wire_pb2.Unit
+UNIT_RATIO: _wire_pb2.Unit
+UNIT_COUNT: _wire_pb2.Unit
+UNIT_MASS: _wire_pb2.Unit
+UNIT_BYTES: _wire_pb2.Unit
+METHOD_UNSPECIFIED: _wire_pb2.Method
+METHOD_ALL: _wire_pb2.Method
+METHOD_Q2C: _wire_pb2.Method
+METHOD_Q2C_DRAFT: _wire_pb2.Method
+METHOD_SNAPKV: _wire_pb2.Method
+METHOD_SNAPKV_QUESTION: _wire_pb2.Method
+METHOD_H2O: _wire_pb2.Method
+METHOD_STREAMING: _wire_pb2.Method
+METHOD_RANDOM: _wire_pb2.Method
+METHOD_PRESS: _wire_pb2.Method
+SCOPE_UNSPECIFIED: _wire_pb2.Scope
+SCOPE_SHARED: _wire_pb2.Scope
+SCOPE_HEAD: _wire_pb2.Scope
+WHEN_UNSPECIFIED: _wire_pb2.When
+WHEN_AFTER: _wire_pb2.When
+WHEN_DURING: _wire_pb2.When
+AXIS_UNSPECIFIED: _wire_pb2.Axis
+AXIS_TOKEN: _wire_pb2.Axis
+AXIS_CHANNEL: _wire_pb2.Axis
+SEGMENT_KIND_UNSPECIFIED: _wire_pb2.SegmentKind
+SEGMENT_KIND_POSITIONS: _wire_pb2.SegmentKind
+SEGMENT_KIND_TEXT: _wire_pb2.SegmentKind
+SEGMENT_KIND_REFINEMENT: _wire_pb2.SegmentKind
+CODER_UNSPECIFIED: _wire_pb2.Coder
+CODER_IDENTITY: _wire_pb2.Coder
+CODER_ZSTD: _wire_pb2.Coder
+CODER_RANS: _wire_pb2.Coder
 
 class PublishContextRequest(_message.Message):
     __slots__ = ("text", "lifetime_s", "earlier_turns", "readers")
