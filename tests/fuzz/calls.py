@@ -204,8 +204,9 @@ async def call(channel: grpc.aio.Channel, plan: Plan) -> Ended:
         code, details = error.code(), error.details()
     except TimeoutError:
         code, details = None, f"{ended.answers} answers, then nothing for {HANG_S:g} s"
-    except asyncio.CancelledError:
-        if not made.cancelled():
+    except asyncio.CancelledError:  # of the call; `made.cancelled()` may not know it yet
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
             raise
         code, details = grpc.StatusCode.CANCELLED, ""
     finally:
