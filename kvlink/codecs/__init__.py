@@ -9,7 +9,7 @@ next finer codec. Its fields have the names of its protobuf message, so that the
 its own for it. The arithmetic is in `compress.codecs`, under the same name.
 
 To add one: a module here, its line in `CODECS`, its message in the proto's `Codec`, and a module
-of the same name in `compress/codecs`.
+of the same name in `compress/codecs` with its line in the table there.
 
 Does not know: tensors, models, the wire. Place on the path: ground floor; recipes hold one.
 """
@@ -25,7 +25,7 @@ from kvlink.codecs.transform import STEP_CODES, Transform, step_of
 from kvlink.errors import RecipeError
 
 CODECS: dict[str, type[Codec]] = {"quantized": Quantized, "low_rank": LowRank, "transform": Transform}
-"""By the name of the field in the proto's `Codec`; the first whose `claims` are given is taken."""
+"""By the name of the field in the proto's `Codec`; the first whose `CLAIM` is among the words is taken."""
 
 OPTIONS = frozenset(option for codec in CODECS.values() for option in codec.OPTIONS)
 """Words of a recipe that belong to a codec."""

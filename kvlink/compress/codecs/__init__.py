@@ -10,7 +10,7 @@ Does not know: segments, selections, the wire. Place on the path: under `compres
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import ModuleType
 
 from torch import Tensor, dtype
 
@@ -18,22 +18,10 @@ from kvlink.codecs import Codec, LowRank, Quantized, Transform
 from kvlink.compress.codecs import low_rank, quantized, transform
 from kvlink.compress.codecs.base import CodecContext, Place
 from kvlink.errors import CodecError
-from kvlink.payload import EncodedTensor, Part
+from kvlink.payload import EncodedTensor
 from kvlink.recipe import Coder
 
-Encoded = tuple[int, tuple[Part, ...]]
-"""Bytes a scale (2 or 4) and the parts of one tensor."""
-
-_ENCODE: dict[type[Codec], Callable[..., Encoded]] = {
-    Quantized: quantized.encode,
-    LowRank: low_rank.encode,
-    Transform: transform.encode,
-}
-_DECODE: dict[type[Codec], Callable[..., Tensor]] = {
-    Quantized: quantized.decode,
-    LowRank: low_rank.decode,
-    Transform: transform.decode,
-}
+_ARITHMETIC: dict[type[Codec], ModuleType] = {Quantized: quantized, LowRank: low_rank, Transform: transform}
 
 
 def encode_tensor(
@@ -43,7 +31,7 @@ def encode_tensor(
     carry."""
     heads, kept, size = tensor.shape
     try:
-        scale_bytes, parts = _ENCODE[type(codec)](codec, tensor, place, coder, context)
+        scale_bytes, parts = _ARITHMETIC[type(codec)].encode(codec, tensor, place, coder, context)
     except CodecError as error:
         raise CodecError(f"layer {place.layer} {place.side}: {error}") from error
     return EncodedTensor(place.layer, place.side, (heads, kept, size), scale_bytes, parts)
@@ -60,8 +48,10 @@ def decode_tensor(
         found = [(part.kind, part.plain_bytes) for part in coded.parts]
         if found != expected:
             raise CodecError(f"expected parts {expected}, found {found}")
-        decode = _DECODE[type(codec)]
-        return decode(codec, coded.parts, coded.scale_bytes, place, kind, coded.shape, context)
+        decoded: Tensor = _ARITHMETIC[type(codec)].decode(
+            codec, coded.parts, coded.scale_bytes, place, kind, coded.shape, context
+        )
+        return decoded
     except CodecError as error:
         raise CodecError(f"layer {place.layer} {place.side}: {error}") from error
 
