@@ -109,6 +109,13 @@ class KVCache:
             layers.append(LayerCache(layer.keys.gather(1, at), layer.values.gather(1, at), chosen))
         return replace(self, layers=tuple(layers))
 
+    def without(self, positions: Tensor) -> KVCache:
+        """The cache at all other positions than `positions`, given as for `select`."""
+        layers, heads = len(self.layers), self.layers[0].keys.shape[0]
+        sets = positions if positions.ndim == 3 else positions.expand(layers, heads, -1)
+        lacking = torch.ones(layers, heads, self.tokens, dtype=torch.bool).scatter_(2, sets, False)
+        return self.select(lacking.nonzero()[:, 2].reshape(layers, heads, -1))
+
 
 @dataclass(frozen=True, slots=True)
 class Evidence:

@@ -3,19 +3,20 @@
 Does not know: torch, frames, how the bytes were made. Place on the path: ground floor, the
 value between quantize/code and frame.
 
-A segment is one selection map and the coded tensors of all layers for the positions it names.
+A transfer is a list of segments. A segment says what it adds and by which codec; its groups, a layer each, bring the
+parts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from kvlink.codecs.base import PART_KINDS, Codec, PartCoder, PartKind, Side
 from kvlink.errors import ContextError, IdentityError
 
 Mode = Literal["kv", "text"]
-PartKind = Literal["map", "scales", "codes", "text"]
-PART_KINDS: tuple[PartKind, ...] = ("map", "scales", "codes", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Part:
     """
 
     kind: PartKind
-    coder: Literal["identity", "zstd", "rans"]
+    coder: PartCoder
     plain_bytes: int
     data: bytes
 
@@ -97,7 +98,7 @@ class EncodedTensor:
     """
 
     layer: int
-    side: Literal["keys", "values"]
+    side: Side
     shape: tuple[int, int, int]
     scale_bytes: int
     parts: tuple[Part, ...]
@@ -140,23 +141,55 @@ class CacheShape:
         return self.element_count * self.element_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedSegment:
-    """What one segment carries.
+Adds = Literal["positions", "refinement", "text"]
 
-    `kept`: number of positions in each set of the map. `map_sets`: 1 (shared) or L·Hkv (per
-    head; whole layers have no set). `selection_map` is absent where all positions travel.
+
+@dataclass(frozen=True, slots=True)
+class SegmentHeader:
+    """What a segment adds to what came before it, and by which codec.
+
+    `positions`: keys and values of `kept` positions more in each set. `refinement`: finer ones of `kept`
+    positions that are there. `text`: the context's text; no codec then.
+    `map_sets`: sets in the selection map: 0 (no map: all positions that are missing, or all that are there),
+    1 (shared), or full-attention layers · Hkv. `sliding`: layers with a sliding window come too, whole.
     """
 
-    kept: int
-    map_sets: int
-    selection_map: Part | None
-    tensors: tuple[EncodedTensor, ...]
+    adds: Adds
+    codec: Codec | None = None
+    kept: int = 0
+    map_sets: int = 0
+    sliding: bool = False
 
-    def bytes_by_kind(self) -> dict[str, int]:
-        """Coded bytes by kind: map, scales, codes."""
-        total = dict.fromkeys(("map", "scales", "codes"), 0)
-        parts = [self.selection_map] if self.selection_map else []
-        for part in [*parts, *(part for tensor in self.tensors for part in tensor.parts)]:
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parts that travel, and may be used, together: the selection map, keys and values of one layer, or a
+    text. `scale_bytes`: 2 or 4 for each tensor."""
+
+    parts: tuple[Part, ...]
+    scale_bytes: tuple[int, ...] = ()
+
+    @property
+    def coded_bytes(self) -> int:
+        return sum(part.coded_bytes for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A header and its groups: the map where there is one, then the layers in order; or the text."""
+
+    header: SegmentHeader
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def of_text(cls, part: Part) -> Segment:
+        return cls(SegmentHeader("text"), (Group((part,)),))
+
+
+def count_kinds(groups: Iterable[Group]) -> dict[str, int]:
+    """Coded bytes by kind of part."""
+    total: dict[str, int] = dict.fromkeys(PART_KINDS, 0)
+    for group in groups:
+        for part in group.parts:
             total[part.kind] += part.coded_bytes
-        return total
+    return total

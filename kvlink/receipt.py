@@ -75,6 +75,7 @@ class Receipt:
     context_tokens: int = 0
     kept_tokens: int = 0
     element_count: int = 0
+    segments: int = 1
     stage_s: dict[str, float] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     socket_bytes: int = 0

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from kvlink import bounds
-from kvlink.codecs import BARE, Codec, Quantized, Transform, codec_from
+from kvlink.codecs import BARE, Codec, Quantized, Transform, codec_from, step_code, step_of
 from kvlink.codecs import OPTIONS as CODEC_OPTIONS
 from kvlink.codecs.base import require_between, require_one_of, whole_number
 from kvlink.errors import RecipeError
@@ -148,40 +148,49 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a context cache is reduced: which positions travel, by which codec, through which coder."""
+    """How a context cache is reduced: which positions travel, by which codec, through which coder.
+
+    `background`: positions that the selection leaves travel too, behind the others, by this coarser codec,
+    so that nothing is missing for another question.
+    """
 
     mode: Mode = "kv"
     selection: Selection = field(default_factory=Selection)
     codec: Codec = field(default_factory=Quantized)
     coder: Coder = "zstd"
+    background: Codec | None = None
 
     def __post_init__(self) -> None:
         require_one_of("mode", self.mode, ("kv", "text"))
         require_one_of("coder", self.coder, ("identity", "zstd"))
-        chosen = self.selection
-        if self.covers_all and (chosen.method == "all" or (chosen.scope, chosen.when) != ("shared", "after")):
-            raise RecipeError("rest needs a selection, shared by all heads and after the prefill")
-
-    @property
-    def covers_all(self) -> bool:
-        """Whether every position travels: none is left out, or those that are come in a coarser step."""
-        return isinstance(self.codec, Transform) and self.codec.rest_code is not None
+        if self.background is not None:
+            if self.selection.method == "all" or self.selection.when != "after":
+                raise RecipeError("rest needs a selection, made after the prefill: else nothing is left")
+            if _background(_background_word(self.background), self.codec) != self.background:
+                raise RecipeError(f"rest has its codec's basis, or is a quantizer, got {self.background}")
+            if _is_finer(self.background, self.codec):
+                raise RecipeError("the rest must not be finer than what is selected")
 
     @property
     def prunes(self) -> bool:
         """Whether the receiver goes without some positions."""
-        return self.mode == "kv" and self.selection.method != "all" and not self.covers_all
+        return self.mode == "kv" and self.selection.method != "all" and self.background is None
 
     def with_amount(self, amount: Amount) -> Recipe:
         return replace(self, selection=replace(self.selection, amount=amount))
 
     def finer(self) -> Recipe | None:
-        """The next finer recipe: a finer codec, then all positions; None after them."""
+        """The next finer recipe: finer codecs, then all positions; None after them."""
         codec = self.codec.finer()
-        if codec is not None:
-            covered = self.covers_all and not (isinstance(codec, Transform) and codec.rest_code is not None)
-            return replace(self, codec=codec, selection=Selection() if covered else self.selection)
-        return replace(self, selection=Selection()) if self.selection.method != "all" else None
+        if codec is None:
+            everything = replace(self, selection=Selection(), background=None)
+            return everything if self.selection.method != "all" else None
+        if self.background is None:
+            return replace(self, codec=codec)
+        background = self.background.finer()
+        if background is None or type(codec) is not type(self.codec):
+            return replace(self, codec=codec, selection=Selection(), background=None)
+        return replace(self, codec=codec, background=codec if _is_finer(background, codec) else background)
 
     def __str__(self) -> str:
         """The full notation: names everything that `parse` needs."""
@@ -192,7 +201,8 @@ class Recipe:
         for name in _SELECTION_OPTIONS:
             if self.selection.method != "all" and getattr(self.selection, name) != getattr(defaults, name):
                 words.append(f"{name}={getattr(self.selection, name)}")
-        return " ".join([*words, *self.codec.words(), f"coder={self.coder}"])
+        rest = [] if self.background is None else [f"rest={_background_word(self.background)}"]
+        return " ".join([*words, *self.codec.words(), *rest, f"coder={self.coder}"])
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
@@ -212,7 +222,9 @@ class Recipe:
         if selection.method == "all" and set(chosen) - {"method"}:
             raise RecipeError(f"selection options without a selection in {text!r}")
         coder = cast(Coder, found.pop("coder", "zstd"))
-        return cls(selection=selection, codec=codec_from(found), coder=coder)
+        rest = found.pop("rest", None)
+        codec = codec_from(found)
+        return cls("kv", selection, codec, coder, None if rest is None else _background(rest, codec))
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,10 +281,34 @@ def _read_word(word: str, found: dict[str, str], chosen: dict[str, Any]) -> None
         put(found, BARE, word)
     elif name in _SELECTION_OPTIONS:
         put(chosen, name, value if name in ("scope", "when") else whole_number(name, value))
-    elif name == "coder" or name in CODEC_OPTIONS:
+    elif name in ("coder", "rest") or name in CODEC_OPTIONS:
         put(found, name, value)
     else:
         raise RecipeError(f"unknown word {word!r} in a recipe")
+
+
+def _background(word: str, codec: Codec) -> Codec:
+    """The codec of `rest=WORD`: the same transform in another step, or a quantizer."""
+    if re.match("[a-z]", word):
+        return codec_from({BARE: word})
+    if not isinstance(codec, Transform):
+        raise RecipeError(f"rest={word}: a step goes with transform; give a quantizer, such as rest=int2")
+    return replace(codec, step_code=step_code("rest", word))
+
+
+def _background_word(codec: Codec) -> str:
+    if isinstance(codec, Transform):
+        return f"{step_of(codec.step_code):.4g}"
+    return codec.family
+
+
+def _is_finer(one: Codec, other: Codec) -> bool:
+    """Whether `one` is plainly finer than `other`: a smaller step, more bits."""
+    if isinstance(one, Transform) and isinstance(other, Transform):
+        return one.step_code < other.step_code
+    if isinstance(one, Quantized) and isinstance(other, Quantized):
+        return one.keys.bits > other.keys.bits
+    return False
 
 
 PRESETS = (

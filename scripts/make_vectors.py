@@ -14,18 +14,19 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
+from kvlink.agent.builder import restored
 from kvlink.cache import KVCache, LayerCache, full_positions
 from kvlink.codecs import LowRank, Transform
-from kvlink.compress.codec import decode, encode
+from kvlink.compress.codec import encode
 from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import pack_part
 from kvlink.model.rotary import Rotation
-from kvlink.payload import CacheShape, Fingerprint, Prompt
+from kvlink.payload import Fingerprint, Prompt, Segment
 from kvlink.recipe import Recipe
 from kvlink.sketch import Sketch
 from kvlink.wire.file import write_frames
 from kvlink.wire.messages import Manifest
-from kvlink.wire.session import SendSession
+from kvlink.wire.session import SendSession, read_transfer
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "vectors" / "v1"
 TEXT = "Tavik is a town."
@@ -80,47 +81,46 @@ def transfer(recipe: Recipe, kept: tuple[int, ...] | None, dtype: str, sketched:
         text_bytes=len(TEXT) if recipe.mode == "text" else 0,
         sketch=sketch,
     )
-    session = SendSession(manifest, chunk_bytes=400)
+    return list(SendSession(manifest, chunk_bytes=400).transfer(segments(full, recipe, kept)))
+
+
+def segments(full: KVCache, recipe: Recipe, kept: tuple[int, ...] | None) -> list[Segment]:
+    """The text, or the cache at `kept` and, with a background, the other positions behind."""
     if recipe.mode == "text":
-        return [session.open(), *session.segment(pack_part("text", TEXT.encode(), "zstd")), session.end()]
-    positions = None if kept is None else torch.tensor(kept)
-    if recipe.covers_all:
-        segment = encode(full, recipe, known(), positions)
-    else:
-        segment = encode(full if positions is None else full.select(positions), recipe, known())
-    return [session.open(), *session.segment(segment), session.end()]
+        return [Segment.of_text(pack_part("text", TEXT.encode(), "zstd"))]
+    if kept is None:
+        return [encode(full, recipe.codec, recipe.coder, known())]
+    positions = torch.tensor(kept)
+    found = [encode(full.select(positions), recipe.codec, recipe.coder, known())]
+    if recipe.background is not None:
+        found.append(encode(full.without(positions), recipe.background, recipe.coder, known(), rest=True))
+    return found
 
 
-def digest(restored: KVCache, recipe: Recipe) -> str | float:
+def digest(found: KVCache, recipe: Recipe) -> str | float:
     """BLAKE3 over the bytes of all keys, values and positions.
 
     Low rank and transform end in products, whose last bits are the machine's: there the sum of all
     numbers stands for them.
     """
     if isinstance(recipe.codec, LowRank | Transform):
-        return float(
-            sum(layer.keys.double().sum() + layer.values.double().sum() for layer in restored.layers)
-        )
+        return float(sum(layer.keys.double().sum() + layer.values.double().sum() for layer in found.layers))
     total = blake3()
-    for layer in restored.layers:
+    for layer in found.layers:
         for tensor in (layer.keys, layer.values, layer.positions):
             total.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest(length=16)
 
 
-def expected(frames: list[bytes], shape: CacheShape, recipe: Recipe) -> str | float:
-    from kvlink.wire.session import ReceiveSession, SegmentReceived
-
-    session = ReceiveSession()
-    events = [event for frame in frames for event in session.receive(frame)]
-    (segment,) = [event.segment for event in events if isinstance(event, SegmentReceived)]
-    return digest(decode(segment, shape, recipe, known()), recipe)
+def expected(frames: list[bytes], recipe: Recipe) -> str | float:
+    manifest, found = read_transfer(frames)
+    return digest(restored(found, manifest.shape, lambda _: known()), recipe)
 
 
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     index = FOLDER / "expected.json"
-    known = json.loads(index.read_text()) if index.exists() else {}
+    told = json.loads(index.read_text()) if index.exists() else {}
     for name, (text, kept, dtype) in VECTORS.items():
         path = FOLDER / f"{name}.kvl"
         if path.exists():
@@ -130,8 +130,8 @@ def main() -> None:
         out = io.BytesIO()
         write_frames(frames, out)
         path.write_bytes(out.getvalue())
-        known[name] = TEXT if recipe.mode == "text" else expected(frames, cache(dtype).shape, recipe)
-    index.write_text(json.dumps(known, indent=2) + "\n")
+        told[name] = TEXT if recipe.mode == "text" else expected(frames, recipe)
+    index.write_text(json.dumps(told, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlink.codecs import STEP_CODES, LayerOverride, LowRank, Quantized, Quantizer, Transform
+from kvlink.codecs import (
+    BARE,
+    STEP_CODES,
+    LayerOverride,
+    LowRank,
+    Quantized,
+    Quantizer,
+    Transform,
+    codec_from,
+)
 from kvlink.errors import RecipeError
 from kvlink.recipe import METHODS, PRESETS, Amount, Recipe, Selection
 
@@ -50,20 +59,22 @@ def recipes(draw):
             draw(st.integers(0, 2**31 - 1)),
         )
     coder = draw(st.sampled_from(["identity", "zstd"]))
-    return Recipe("kv", selection, draw(codecs(selection)), coder)
-
-
-_EVERYTHING = Selection()
+    codec, background = draw(codecs()), None
+    if selection.method != "all" and selection.when == "after" and draw(st.booleans()):
+        if isinstance(codec, Transform):
+            background = replace(codec, step_code=draw(st.integers(codec.step_code, STEP_CODES[1])))
+        elif isinstance(codec, Quantized):
+            background = codec_from({BARE: f"int{min(codec.keys.bits, draw(st.sampled_from([4, 2, 1])))}"})
+            background = None if background.keys.bits > codec.keys.bits else background
+    return Recipe("kv", selection, codec, coder, background)
 
 
 @st.composite
-def codecs(draw, selection=_EVERYTHING):
-    """Any codec that goes together with `selection`."""
+def codecs(draw):
+    """Any codec."""
     if draw(st.integers(0, 3)) == 0:
         step = draw(st.integers(*STEP_CODES))
-        covers = selection.method != "all" and (selection.scope, selection.when) == ("shared", "after")
-        rest = draw(st.integers(step, STEP_CODES[1])) if covers and draw(st.booleans()) else None
-        return Transform(step, draw(st.sampled_from(["auto", "own", "ab" * 16])), rest)
+        return Transform(step, draw(st.sampled_from(["auto", "own", "ab" * 16])))
     rank = draw(st.sampled_from([0, 0, 8]))
     kinds = quantizers(lossless=not rank)
     overrides = tuple(

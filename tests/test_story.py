@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import io
 
+from kvlink.agent import builder
 from kvlink.agent.sender import count_bytes
 from kvlink.cache import KVCache
-from kvlink.compress.codec import decode, encode
+from kvlink.compress.codec import encode
+from kvlink.compress.codecs import CodecContext
 from kvlink.compress.select import choose_positions
 from kvlink.model.generate import answer
 from kvlink.model.prefill import prefill, read_question
-from kvlink.payload import EncodedSegment
+from kvlink.payload import count_kinds
 from kvlink.recipe import Recipe
 from kvlink.wire.file import read_frames, write_frames
 from kvlink.wire.messages import Manifest
-from kvlink.wire.session import ReceiveSession, SegmentReceived, SendSession
+from kvlink.wire.session import SendSession, read_transfer
 
 TEXT = (
     "Mira Dosh was born in Tavik. The weather that week was calm and mild. Ren Holt was born in Lisket. "
@@ -40,21 +42,18 @@ def test_the_story(tiny):
     kept = cache.select(choose_positions(evidence, recipe.selection, cache.shape))
 
     # It codes them and frames them: a manifest, one segment, an end.
-    segment: EncodedSegment = encode(kept, recipe)
+    segment = encode(kept, recipe.codec, recipe.coder)
     prompt = tiny.template.prompt()
     session = SendSession(Manifest(b"t" * 16, tiny.fingerprint, cache.shape, recipe, prompt, b"c" * 16))
-    frames = [session.open(), *session.segment(segment), session.end()]
+    frames = list(session.transfer([segment]))
     link = io.BytesIO()
     write_frames(frames, link)
     assert TEXT.encode() not in link.getvalue()
 
     # The receiver checks every byte, decodes, and holds a cache that stands for the whole context.
     link.seek(0)
-    receiving = ReceiveSession()
-    events = [event for frame in read_frames(link) for event in receiving.receive(frame)]
-    receiving.close()
-    (arrived,) = [event.segment for event in events if isinstance(event, SegmentReceived)]
-    restored = decode(arrived, receiving.manifest.shape, receiving.manifest.recipe)
+    manifest, segments = read_transfer(read_frames(link))
+    restored = builder.restored(segments, manifest.shape, lambda _: CodecContext())
     assert restored.tokens == len(ids)
     assert restored.layers[0].keys.shape[1] == (len(ids) + 1) // 2
 
@@ -62,6 +61,6 @@ def test_the_story(tiny):
     assert answer(tiny, restored, QUESTION).text == own.text
 
     # And everybody knows what it cost.
-    bytes_by_kind = count_bytes([len(frame) for frame in frames], segment.bytes_by_kind())
+    bytes_by_kind = count_bytes([len(frame) for frame in frames], count_kinds(segment.groups))
     bits_per_element = 8 * sum(bytes_by_kind.values()) / cache.shape.element_count
     assert bits_per_element < 6

@@ -71,8 +71,10 @@ def transform_of(recipe: Recipe, what: str) -> Transform:
 
 def with_step(recipe: Recipe, codec: Transform, step_code: int) -> Recipe:
     """The recipe with another step; a rest is never finer than it."""
-    rest = None if codec.rest_code is None else max(codec.rest_code, step_code)
-    return replace(recipe, codec=replace(codec, step_code=step_code, rest_code=rest))
+    rest = recipe.background
+    if isinstance(rest, Transform):
+        rest = replace(rest, step_code=max(rest.step_code, step_code))
+    return replace(recipe, codec=replace(codec, step_code=step_code), background=rest)
 
 
 class Packing:

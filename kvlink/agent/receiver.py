@@ -10,16 +10,16 @@ Does not know: sockets (the service does). Place on the path: its second half.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from kvlink.agent.builder import Builder
 from kvlink.agent.profiles import Profiles
 from kvlink.agent.sender import count_bytes
 from kvlink.agent.uses import require_usable
 from kvlink.cache import KVCache
-from kvlink.codecs import AUTO_CALIBRATION, Transform
-from kvlink.compress.codec import decode
+from kvlink.codecs import AUTO_CALIBRATION, Codec, Transform
 from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import unpack_part
 from kvlink.errors import CodecError, IdentityError, LimitError
@@ -28,18 +28,18 @@ from kvlink.model.generate import Answer, Step, answer, generate
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
 from kvlink.model.prefill import prefill
 from kvlink.model.restore import cache_shape, join
-from kvlink.payload import CacheShape, EncodedSegment, Part, Prompt
+from kvlink.payload import CacheShape, Part, Prompt, SegmentHeader, count_kinds
 from kvlink.profile import Profile
 from kvlink.receipt import Receipt
-from kvlink.recipe import Recipe
 from kvlink.wire.file import read_frames
 from kvlink.wire.messages import Manifest
 from kvlink.wire.session import (
+    GroupReceived,
     Limits,
     ManifestReceived,
     ReceiveSession,
-    SegmentReceived,
-    TextReceived,
+    SegmentClosed,
+    SegmentOpened,
     TransferComplete,
 )
 
@@ -69,13 +69,16 @@ class Intake:
         """`profiles`: what senders have sent ahead, by digest in hex, beside the model's own."""
         self._lm = lm
         self._profiles = {} if profiles is None else profiles
-        self._profile: Profile | None = None
         self.session = ReceiveSession(limits)
         self.held: Held | None = None
         self.usable = False
         self.needed_bytes = 0
         """Memory that the transfer will take, known once the manifest has been checked."""
-        self._body: EncodedSegment | Part | None = None
+        self._builder: Builder | None = None
+        self._text: Part | None = None
+        self._headers: list[SegmentHeader] = []
+        self._kinds: dict[str, int] = {}
+        self._decode_s = 0.0
         self._frame_bytes: list[int] = []
 
     @property
@@ -83,28 +86,42 @@ class Intake:
         return self.session.manifest
 
     def take(self, frame: bytes) -> None:
-        """Take one frame. Raises what the session raises, IdentityError and CodecError."""
+        """Take one frame. Raises what the session and the builder raise, and IdentityError."""
         self._frame_bytes.append(len(frame))
         for event in self.session.receive(frame):
             if isinstance(event, ManifestReceived):
                 self._check(event.manifest)
-            elif isinstance(event, SegmentReceived):
-                self._hold(event.segment)
-            elif isinstance(event, TextReceived):
-                self._hold(event.part)
+            elif isinstance(event, SegmentOpened):
+                self._headers.append(event.header)
+                if self._builder is not None:
+                    self._builder.open(event.header)
+            elif isinstance(event, GroupReceived):
+                self._take_group(event)
+            elif isinstance(event, SegmentClosed):
+                if self._builder is not None:
+                    self._timed(self._builder.close)
+                self.usable = True
             elif isinstance(event, TransferComplete):
                 self.held = self._restore()
 
     def release(self) -> None:
         """Let go of the cache and the coded bytes; the session still tells where it is."""
         self.held = None
-        self._body = None
+        self._builder = self._text = None
 
-    def _hold(self, body: EncodedSegment | Part) -> None:
-        if self._body is not None:
-            raise CodecError("this release restores transfers of one segment, found a second")
-        self._body = body
-        self.usable = True
+    def _take_group(self, event: GroupReceived) -> None:
+        for kind, count in count_kinds([event.group]).items():
+            self._kinds[kind] = self._kinds.get(kind, 0) + count
+        builder = self._builder
+        if builder is None:
+            self._text = event.group.parts[0]
+        else:
+            self._timed(lambda: builder.add(event.place, event.group))
+
+    def _timed(self, step: Callable[[], None]) -> None:
+        began = time.perf_counter()
+        step()
+        self._decode_s += time.perf_counter() - began
 
     def _check(self, manifest: Manifest) -> None:
         """Identity before bytes: refuse another model, tokenizer or prompt, and say which."""
@@ -124,7 +141,8 @@ class Intake:
             _check_shape(shape, own_shape)
             require_usable(lm, manifest.recipe)
             lm.sketch.require_match(manifest.sketch)
-            self._profile = self._find_profile(manifest.recipe)
+            self._context_of(manifest.recipe.codec)
+            self._builder = Builder(shape, self._context_of)
         # Coded bytes and the rebuilt cache exist together for a moment.
         self.needed_bytes = 2 * own_shape.cache_bytes + lm.reading_bytes(manifest.text_bytes)
 
@@ -151,18 +169,18 @@ class Intake:
                 )
 
     def _restore(self) -> Held:
-        manifest, body = self.session.manifest, self._body
-        if manifest is None or body is None:
+        manifest, builder = self.session.manifest, self._builder
+        if manifest is None or (builder is None and self._text is None):
             raise CodecError("the transfer ended without a segment")
         began = time.perf_counter()
-        if isinstance(body, Part):
-            cache, stage, kinds = self._read(manifest, body), "read", {"text": body.coded_bytes}
+        if builder is None and self._text is not None:
+            cache: KVCache | None = self._read(manifest, self._text)
+            stage_s = {"read": time.perf_counter() - began}
         else:
-            cache, stage, kinds = (
-                decode(body, manifest.shape, manifest.recipe, self._codec_context(manifest)),
-                "decode",
-                body.bytes_by_kind(),
-            )
+            cache = builder.cache if builder is not None else None
+            stage_s = {"decode": self._decode_s}
+        if cache is None:
+            raise CodecError("the segments bring no whole layer")
         cache.require_finite()
         return Held(
             cache,
@@ -170,16 +188,24 @@ class Intake:
                 transfer_id=manifest.transfer_id.hex(),
                 recipe=str(manifest.recipe),
                 context_tokens=cache.tokens,
-                kept_tokens=0 if isinstance(body, Part) else body.kept,
+                kept_tokens=self._headers[0].kept,
                 element_count=manifest.shape.element_count,
-                stage_s={stage: time.perf_counter() - began},
-                bytes=count_bytes(self._frame_bytes, kinds),
+                segments=len(self._headers),
+                stage_s=stage_s,
+                bytes=count_bytes(self._frame_bytes, self._kinds),
             ),
         )
 
-    def _find_profile(self, recipe: Recipe) -> Profile | None:
-        """The profile that a recipe names. Raises IdentityError where it is not here."""
-        named = recipe.codec.calibration
+    def _context_of(self, codec: Codec) -> CodecContext:
+        """What decoding needs to know of the model. Raises IdentityError where a profile is not here."""
+        if not isinstance(codec, Transform) or self.session.manifest is None:
+            return CodecContext()
+        tokens = self.session.manifest.shape.tokens
+        return CodecContext(rotation(self._lm, tokens), self._find_profile(codec))
+
+    def _find_profile(self, codec: Codec) -> Profile | None:
+        """The profile that a codec names. Raises IdentityError where it is not here."""
+        named = codec.calibration
         if named is None:
             return None
         if named == AUTO_CALIBRATION:
@@ -193,11 +219,6 @@ class Intake:
             raise IdentityError(
                 f"profile {named[:12]} is not here; send it first, or use basis=own"
             ) from None
-
-    def _codec_context(self, manifest: Manifest) -> CodecContext:
-        if not isinstance(manifest.recipe.codec, Transform):
-            return CodecContext()
-        return CodecContext(rotation(self._lm, manifest.shape.tokens), self._profile)
 
     def _read(self, manifest: Manifest, part: Part) -> KVCache:
         """Text mode: the receiver reads the text itself, in the sender's prompt."""

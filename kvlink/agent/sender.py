@@ -23,10 +23,11 @@ from blake3 import blake3
 from torch import Tensor
 
 from kvlink.agent.adapt import Packing, automatic
+from kvlink.agent.builder import restored
 from kvlink.agent.uses import require_usable
 from kvlink.cache import Evidence, KVCache
-from kvlink.codecs import AUTO_CALIBRATION, NO_CALIBRATION, Transform
-from kvlink.compress.codec import decode, encode
+from kvlink.codecs import AUTO_CALIBRATION, NO_CALIBRATION, Codec, Transform
+from kvlink.compress.codec import encode
 from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import pack_part
 from kvlink.compress.select import choose_positions, kept_count, needs, score
@@ -37,14 +38,14 @@ from kvlink.model.loading import EMBEDDED, LanguageModel, load
 from kvlink.model.prefill import prefill, read_context, read_press, read_question
 from kvlink.model.restore import cache_shape
 from kvlink.model.template import Turn
-from kvlink.payload import EncodedSegment, Part, Prompt
+from kvlink.payload import Prompt, Segment, count_kinds
 from kvlink.receipt import Certificate, Receipt
 from kvlink.recipe import AUTO, DEFAULT_RECIPE, Amount, Recipe, Selection, Wish
 from kvlink.transport.api import Explanation
 from kvlink.transport.client import grpc_bytes
 from kvlink.wire.file import Writable, write_frames
 from kvlink.wire.messages import TRANSFER_ID_BYTES, Manifest
-from kvlink.wire.session import CHUNK_BYTES, SendSession, segment_of
+from kvlink.wire.session import CHUNK_BYTES, SendSession, read_transfer
 
 DRAFT_TOKENS = 24
 _FIT_ROUNDS = 6
@@ -233,11 +234,11 @@ class Sender:
         if recipe.mode == "text":
             part = pack_part("text", context.text.encode(), recipe.coder)
             clock.lap("encode")
-            return self._frame(context, recipe, part, clock, None)
+            return self._frame(context, recipe, [Segment.of_text(part)], clock, None)
         if recipe.selection.amount.unit == "bytes":
             return self._fit(context, recipe, look.evidence, clock, look.draft)
-        segment = self._encode(context, recipe, look.evidence, self._codec_context(recipe, context), clock)
-        return self._frame(context, recipe, segment, clock, look.draft)
+        segments = self._segments(context, recipe, look.evidence, clock)
+        return self._frame(context, recipe, segments, clock, look.draft)
 
     def certify(
         self, context: Context, question: str, transfer: Transfer, escalations: int = 0
@@ -248,11 +249,9 @@ class Sender:
         """
         began = time.perf_counter()
         draft = transfer.draft or self.draft(context, question)
-        manifest = transfer.manifest
-        segment = segment_of(transfer.frames)
-        cache = decode(
-            segment, manifest.shape, manifest.recipe, self._codec_context(manifest.recipe, context)
-        )
+        _, segments = read_transfer(transfer.frames)
+        shape = transfer.manifest.shape
+        cache = restored(segments, shape, lambda codec: self._codec_context(codec, context))
         own, found = (logits_along(self.lm, held, question, draft) for held in (context.cache, cache))
         nats = divergence(own.log_softmax(-1), found.log_softmax(-1))
         return Certificate(
@@ -273,15 +272,17 @@ class Sender:
         codec, profile = recipe.codec, self.lm.profile
         if not isinstance(codec, Transform) or codec.basis != AUTO_CALIBRATION:
             return recipe
-        return replace(
-            recipe, codec=replace(codec, basis=profile.digest.hex() if profile else NO_CALIBRATION)
-        )
+        named = replace(codec, basis=profile.digest.hex() if profile else NO_CALIBRATION)
+        rest = recipe.background
+        if isinstance(rest, Transform):
+            rest = replace(rest, basis=named.basis)
+        return replace(recipe, codec=named, background=rest)
 
-    def _codec_context(self, recipe: Recipe, context: Context) -> CodecContext:
-        """What the recipe's codec needs to know of the model."""
-        if not isinstance(recipe.codec, Transform):
+    def _codec_context(self, codec: Codec, context: Context) -> CodecContext:
+        """What a codec needs to know of the model."""
+        if not isinstance(codec, Transform):
             return CodecContext()
-        if recipe.codec.calibration is None and not self._units:
+        if codec.calibration is None and not self._units:
             self._units = units(self.lm)
         return CodecContext(rotation(self.lm, context.cache.tokens), self.lm.profile, self._units)
 
@@ -300,40 +301,40 @@ class Sender:
                 context.evidence[key] = found
             return context.evidence[key]
 
-    def _encode(
-        self, context: Context, recipe: Recipe, evidence: Evidence, known: CodecContext, clock: _Clock
-    ) -> EncodedSegment:
-        """Choose the positions and code them; with a rest the others too, coarsely."""
-        selection, fine = recipe.selection, None
-        if selection.method == "all":
-            kept = context.cache
-        else:
-            positions = choose_positions(evidence, selection, context.cache.shape)
-            if recipe.covers_all:
-                kept, fine = context.cache, positions
-            elif selection.when == "during":
-                kept = prefill(self.lm, context.ids, positions)
+    def _segments(self, context: Context, recipe: Recipe, evidence: Evidence, clock: _Clock) -> list[Segment]:
+        """Choose the positions and code them; with a background the others too, in a segment behind."""
+        selection, cache = recipe.selection, context.cache
+        parts: list[tuple[KVCache, Codec]] = [(cache, recipe.codec)]
+        if selection.method != "all":
+            positions = choose_positions(evidence, selection, cache.shape)
+            if selection.when == "during":
+                parts = [(prefill(self.lm, context.ids, positions), recipe.codec)]
             else:
-                kept = context.cache.select(positions)
+                parts = [(cache.select(positions), recipe.codec)]
+            if recipe.background is not None and positions.shape[-1] < cache.tokens:
+                parts.append((cache.without(positions), recipe.background))
         clock.lap("select")
-        segment = encode(kept, recipe, known, fine)
+        segments = [
+            encode(kept, codec, recipe.coder, self._codec_context(codec, context), rest=number > 0)
+            for number, (kept, codec) in enumerate(parts)
+        ]
         clock.lap("encode")
-        return segment
+        return segments
 
     def _fit(
         self, context: Context, recipe: Recipe, evidence: Evidence, clock: _Clock, draft: Answer | None
     ) -> Transfer:
         """The largest count of tokens whose transfer fits the byte budget, by measured sizes."""
         budget, tokens = int(recipe.selection.amount.value), context.cache.tokens
-        low, high, best, known = 0, tokens + 1, None, self._codec_context(recipe, context)
+        low, high, best = 0, tokens + 1, None
         guess = tokens
         for _ in range(_FIT_ROUNDS + tokens.bit_length()):
             counted = recipe.with_amount(Amount(guess, "count"))
             selection = counted.selection
             if kept_count(selection, tokens) != guess:  # sinks and recent tokens are always in
                 guess = kept_count(selection, tokens)
-            segment = self._encode(context, counted, evidence, known, clock)
-            transfer = self._frame(context, counted, segment, clock, draft)
+            segments = self._segments(context, counted, evidence, clock)
+            transfer = self._frame(context, counted, segments, clock, draft)
             size = transfer.receipt.wire_bytes
             if size <= budget:
                 low, best = guess, transfer
@@ -353,7 +354,7 @@ class Sender:
         self,
         context: Context,
         recipe: Recipe,
-        body: EncodedSegment | Part,
+        segments: Sequence[Segment],
         clock: _Clock,
         draft: Answer | None,
     ) -> Transfer:
@@ -368,13 +369,14 @@ class Sender:
             sketch=self.lm.sketch if recipe.mode == "kv" else None,
         )
         session = SendSession(manifest, self._chunk_bytes)
-        frames = (session.open(), *session.segment(body), session.end())
-        kinds = {"text": body.coded_bytes} if isinstance(body, Part) else body.bytes_by_kind()
+        frames = tuple(session.transfer(segments))
+        kinds = count_kinds(group for one in segments for group in one.groups)
         receipt = Receipt(
             transfer_id=manifest.transfer_id.hex(),
             recipe=str(recipe),
             context_tokens=context.cache.tokens,
-            kept_tokens=0 if isinstance(body, Part) else body.kept,
+            kept_tokens=segments[0].header.kept,
+            segments=len(segments),
             element_count=manifest.shape.element_count,
             stage_s=dict(clock.stage_s),
             bytes=count_bytes([len(frame) for frame in frames], kinds),

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from kvlink.codecs.base import AUTO_CALIBRATION, NO_CALIBRATION, Codec, PartKind, PartSize
 from kvlink.codecs.low_rank import LowRank
 from kvlink.codecs.quantized import INTEGER_BITS, LayerOverride, Quantized, Quantizer
-from kvlink.codecs.transform import STEP_CODES, Transform, step_of
+from kvlink.codecs.transform import STEP_CODES, Transform, step_code, step_of
 from kvlink.errors import RecipeError
 
 CODECS: dict[str, type[Codec]] = {"quantized": Quantized, "low_rank": LowRank, "transform": Transform}
@@ -64,5 +64,6 @@ __all__ = [
     "Quantizer",
     "Transform",
     "codec_from",
+    "step_code",
     "step_of",
 ]

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from kvlink.errors import RecipeError
-from kvlink.payload import PartKind
 
+PartKind = Literal["map", "scales", "codes", "text"]
+PART_KINDS: tuple[PartKind, ...] = ("map", "scales", "codes", "text")
+PartCoder = Literal["identity", "zstd", "rans"]
 Side = Literal["keys", "values"]
 SIDES: tuple[Side, Side] = ("keys", "values")
 PartSize = tuple[PartKind, int]

@@ -1,6 +1,6 @@
 """The transform codec: decorrelated coefficients, one step, entropy coded.
 
-    transform=1    transform=0.5 rest=2    transform=0.25 basis=own
+    transform=1    transform=0.25 basis=own
 
 Does not know: tensors, calibrations. Place on the path: ground floor; arithmetic in
 `compress.codecs.transform`, formulas in `docs/codec.md`.
@@ -38,16 +38,14 @@ class Transform(Codec):
     """A step of 2^(`step_code` / 4) times what the model is thought to tolerate.
 
     `basis`: `auto` (the sender's calibration where it has one), `own` (none: statistics travel with
-    the message), or the calibration's digest, 32 hex digits. `rest_code`: positions that the
-    selection leaves travel too, with this coarser step.
+    the message), or the calibration's digest, 32 hex digits.
     """
 
     step_code: int
     basis: str = AUTO_CALIBRATION
-    rest_code: int | None = None
 
     CLAIM: ClassVar[str] = "transform"
-    OPTIONS: ClassVar[frozenset[str]] = frozenset({"transform", "rest", "basis"})
+    OPTIONS: ClassVar[frozenset[str]] = frozenset({"transform", "basis"})
 
     def __post_init__(self) -> None:
         if self.basis not in (AUTO_CALIBRATION, NO_CALIBRATION) and not re.fullmatch(
@@ -55,22 +53,14 @@ class Transform(Codec):
         ):
             raise RecipeError(f"basis must be auto, own or a profile's 32 hex digits, got {self.basis!r}")
         require_between("transform", self.step_code, *STEP_CODES)
-        if self.rest_code is not None:
-            require_between("rest", self.rest_code, *STEP_CODES)
-            if self.rest_code < self.step_code:
-                raise RecipeError("the rest's step must not be finer than the transform's own")
 
     @classmethod
     def read(cls, options: Mapping[str, str]) -> Transform:
-        rest = _step_code("rest", options["rest"]) if "rest" in options else None
-        return cls(
-            _step_code("transform", options["transform"]), options.get("basis", AUTO_CALIBRATION), rest
-        )
+        return cls(step_code("transform", options["transform"]), options.get("basis", AUTO_CALIBRATION))
 
     def words(self) -> list[str]:
-        rest = [] if self.rest_code is None else [f"rest={step_of(self.rest_code):.4g}"]
         basis = [] if self.basis == AUTO_CALIBRATION else [f"basis={self.basis}"]
-        return [f"transform={step_of(self.step_code):.4g}", *rest, *basis]
+        return [f"transform={step_of(self.step_code):.4g}", *basis]
 
     @property
     def family(self) -> str:
@@ -93,9 +83,7 @@ class Transform(Codec):
         """Half the step; the numbers as they are after the finest."""
         if self.step_code <= _FINEST_CODE:
             return Quantized()
-        step = max(_FINEST_CODE, self.step_code - _FINER_CODES)
-        rest = None if self.rest_code is None else max(step, self.rest_code - _FINER_CODES)
-        return replace(self, step_code=step, rest_code=rest)
+        return replace(self, step_code=max(_FINEST_CODE, self.step_code - _FINER_CODES))
 
 
 def step_of(code: int) -> float:
@@ -103,7 +91,7 @@ def step_of(code: int) -> float:
     return float(2 ** (code / 4))
 
 
-def _step_code(name: str, text: str) -> int:
+def step_code(name: str, text: str) -> int:
     """The code of the step nearest to `text`."""
     try:
         step = float(text)

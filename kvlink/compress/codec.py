@@ -1,135 +1,103 @@
-"""The codec: a kept cache to an encoded segment and back. The only place where the steps meet.
+"""Segments of keys and values: a cache to groups of parts, a layer each, and a layer back.
 
-    positions ──▶ bitmap ──▶ coder                         ─┐
-    keys, values of each layer ──▶ the recipe's codec       ─┴▶ EncodedSegment
+    positions ──▶ map ──▶ coder                     ─┐
+    keys, values of a layer ──▶ the segment's codec  ─┴▶ one group after another
+
+Groups are made one at a time: the first can leave while later layers are still to be coded.
 
 Does not know: frames, models, why a position was chosen, any one codec. Place on the path: between
-select and frame at the sender, between deframe and restore at the receiver.
+select and frame at the sender, between deframe and the builder at the receiver.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from collections.abc import Iterator
+
 from torch import Tensor
 
-from kvlink.cache import DTYPES, KVCache, LayerCache, full_positions
+from kvlink.cache import DTYPES, KVCache, LayerCache
 from kvlink.codecs import Codec
-from kvlink.codecs.base import SIDES, Side
+from kvlink.codecs.base import SIDES
 from kvlink.compress.codecs import CodecContext, Place, decode_tensor, encode_tensor
-from kvlink.compress.lossless import pack_part, unpack_part
+from kvlink.compress.positions import encode_map, position_sets
 from kvlink.errors import CodecError
-from kvlink.payload import CacheShape, EncodedSegment, EncodedTensor
-from kvlink.recipe import Recipe
+from kvlink.payload import Adds, CacheShape, EncodedTensor, Group, Part, Segment, SegmentHeader
+from kvlink.recipe import Coder
+
+
+def header_of(cache: KVCache, codec: Codec, adds: Adds = "positions", *, rest: bool = False) -> SegmentHeader:
+    """The header of a segment that brings all positions of `cache`. `rest`: they are all that are missing,
+    or for a refinement all that are there, so that no map is needed; layers with a sliding window came before.
+    """
+    sets = position_sets(cache)
+    kept = int(sets.shape[1])
+    needs_map = not rest and kept != cache.tokens
+    sliding = adds == "positions" and not rest and any(layer.sliding for layer in cache.layers)
+    return SegmentHeader(adds, codec, kept, len(sets) if needs_map else 0, sliding)
+
+
+def encode_groups(
+    cache: KVCache, header: SegmentHeader, coder: Coder, context: CodecContext | None = None
+) -> Iterator[Group]:
+    """The groups of a segment in their order, each coded when it is asked for. `context`: for a transform.
+
+    Raises CodecError where a number is not finite and the codec is not raw or lossless.
+    """
+    if header.map_sets:
+        yield encode_map(position_sets(cache), cache.tokens, coder)
+    for index, layer in enumerate(cache.layers):
+        if layer.sliding and not header.sliding:
+            continue
+        coded = [
+            encode_tensor(
+                _codec(header), tensor, Place(index, side, layer.positions), coder, context or CodecContext()
+            )
+            for side, tensor in zip(SIDES, (layer.keys, layer.values), strict=True)
+        ]
+        parts: tuple[Part, ...] = tuple(part for tensor in coded for part in tensor.parts)
+        yield Group(parts, tuple(tensor.scale_bytes for tensor in coded))
 
 
 def encode(
-    cache: KVCache, recipe: Recipe, context: CodecContext | None = None, fine: Tensor | None = None
-) -> EncodedSegment:
-    """Code a cache that has been cut down to its kept positions. `context`: for a transform.
-
-    `fine` `[K]`: with a `rest`, the positions of the finer step; the cache is whole then.
-
-    Raises CodecError where a number is not finite and the recipe is not raw or lossless.
-    """
-    context = context or CodecContext()
-    tensors: list[EncodedTensor] = []
-    for index, layer in enumerate(cache.layers):
-        for side, tensor in _sides(layer):
-            place = Place(index, side, layer.positions, None if layer.sliding else fine)
-            tensors.append(encode_tensor(recipe.codec, tensor, place, recipe.coder, context))
-    sets = _position_sets(cache) if fine is None else fine[None]
-    kept = int(sets.shape[1])
-    if kept == cache.tokens:
-        return EncodedSegment(kept, 0, None, tuple(tensors))
-    bitmap = np.zeros((len(sets), cache.tokens), np.uint8)
-    np.put_along_axis(bitmap, sets.numpy(), 1, axis=1)
-    plain = np.packbits(bitmap, axis=1, bitorder="little").tobytes()
-    return EncodedSegment(kept, len(sets), pack_part("map", plain, recipe.coder), tuple(tensors))
-
-
-def decode(
-    segment: EncodedSegment, shape: CacheShape, recipe: Recipe, context: CodecContext | None = None
-) -> KVCache:
-    """Rebuild the kept cache, on the CPU and in the cache's own dtype. `context`: for a transform.
-
-    Raises CodecError where sizes, counts or positions do not fit the shape.
-    """
-    context = context or CodecContext()
-    positions = _decode_map(segment, shape)
-    whole = dict(shape.whole_layers)
-    coded = {(tensor.layer, tensor.side): tensor for tensor in segment.tensors}
-    if len(segment.tensors) != 2 * shape.layers or len(coded) != 2 * shape.layers:
-        raise CodecError(f"expected keys and values of {shape.layers} layers, found {len(coded)} tensors")
-    layers = []
-    for index in range(shape.layers):
-        held = shape.held_tokens(index, shape.tokens if recipe.covers_all else segment.kept)
-        fine = positions[index][0] if recipe.covers_all and index not in whole else None
-        if index in whole or fine is not None:
-            places = full_positions(shape.kv_heads, held, shape.tokens - held)
-        else:
-            places = positions[index]
-        keys, values = (
-            _decode_side(coded, shape, Place(index, side, places, fine), recipe.codec, context)
-            for side in SIDES
-        )
-        layers.append(LayerCache(keys, values, places, index in whole))
-    return KVCache(tuple(layers), shape.tokens)
-
-
-def _decode_side(
-    coded: dict[tuple[int, Side], EncodedTensor],
-    shape: CacheShape,
-    place: Place,
+    cache: KVCache,
     codec: Codec,
+    coder: Coder = "zstd",
+    context: CodecContext | None = None,
+    *,
+    rest: bool = False,
+) -> Segment:
+    """A whole segment of all positions of `cache`."""
+    header = header_of(cache, codec, rest=rest)
+    return Segment(header, tuple(encode_groups(cache, header, coder, context)))
+
+
+def decode_layer(
+    group: Group,
+    header: SegmentHeader,
+    layer: int,
+    positions: Tensor,
+    shape: CacheShape,
     context: CodecContext,
-) -> Tensor:
-    tensor = coded.get((place.layer, place.side))
-    expected = (shape.kv_heads, place.positions.shape[1], shape.head_size)
-    if tensor is None or tensor.shape != expected:
-        found = "none" if tensor is None else tensor.shape
-        raise CodecError(f"layer {place.layer} {place.side}: expected shape {expected}, found {found}")
-    return decode_tensor(codec, tensor, place, DTYPES[shape.dtype], context)
+) -> LayerCache:
+    """Keys and values of `layer` at `positions` `[Hkv, K]`, on the CPU and in the cache's own dtype.
+
+    Raises CodecError where sizes or counts do not fit the shape.
+    """
+    codec, size = _codec(header), (shape.kv_heads, positions.shape[1], shape.head_size)
+    parts, sides = list(group.parts), []
+    if len(group.scale_bytes) != len(SIDES):
+        raise CodecError(f"layer {layer}: expected 2 tensors, found {len(group.scale_bytes)}")
+    for side, width in zip(SIDES, group.scale_bytes, strict=True):
+        count = len(codec.part_sizes(layer, side, size, shape.element_bytes, width))
+        coded = EncodedTensor(layer, side, size, width, tuple(parts[:count]))
+        del parts[:count]
+        sides.append(decode_tensor(codec, coded, Place(layer, side, positions), DTYPES[shape.dtype], context))
+    if parts:
+        raise CodecError(f"layer {layer}: {len(parts)} parts more than keys and values have")
+    return LayerCache(sides[0], sides[1], positions, layer in dict(shape.whole_layers))
 
 
-def _sides(layer: LayerCache) -> tuple[tuple[Side, Tensor], tuple[Side, Tensor]]:
-    return ("keys", layer.keys), ("values", layer.values)
-
-
-def _position_sets(cache: KVCache) -> Tensor:
-    """The distinct position sets `[S, K]`: one where all heads share it, else L·Hkv."""
-    full = [layer.positions for layer in cache.layers if not layer.sliding]
-    if not full:
-        return full_positions(1, cache.tokens)
-    first = full[0][0]
-    if all(bool((positions == first).all()) for positions in full):
-        return first[None]
-    return torch.cat(full)
-
-
-def _decode_map(segment: EncodedSegment, shape: CacheShape) -> dict[int, Tensor]:
-    """Positions `[Hkv, K]` of each full-attention layer."""
-    heads, tokens = shape.kv_heads, shape.tokens
-    full = [i for i in range(shape.layers) if i not in dict(shape.whole_layers)]
-    if segment.selection_map is None:
-        if segment.kept != tokens:
-            raise CodecError(f"{segment.kept} of {tokens} positions and no selection map")
-        return {index: full_positions(heads, tokens) for index in full}
-    if segment.map_sets not in (1, len(full) * heads):
-        raise CodecError(f"expected 1 or {len(full) * heads} position sets, found {segment.map_sets}")
-    plain = np.frombuffer(unpack_part(segment.selection_map), np.uint8)
-    width = -(-tokens // 8)
-    if plain.size != segment.map_sets * width:
-        raise CodecError(f"selection map: expected {segment.map_sets * width} bytes, found {plain.size}")
-    bits = np.unpackbits(plain.reshape(segment.map_sets, width), axis=1, bitorder="little")
-    if bits[:, tokens:].any():
-        raise CodecError(f"selection map names a position at or beyond {tokens}")
-    counts = bits.sum(1)
-    if (counts != segment.kept).any():
-        raise CodecError(
-            f"selection map: expected {segment.kept} positions a set, found {counts.tolist()[:4]}"
-        )
-    sets = torch.from_numpy(np.nonzero(bits)[1].reshape(segment.map_sets, segment.kept))
-    if segment.map_sets == 1:
-        return {index: sets.expand(heads, -1) for index in full}
-    return {index: sets[i * heads : (i + 1) * heads] for i, index in enumerate(full)}
+def _codec(header: SegmentHeader) -> Codec:
+    if header.codec is None:
+        raise CodecError(f"a segment that adds {header.adds} holds no keys and values")
+    return header.codec

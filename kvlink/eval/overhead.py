@@ -80,33 +80,43 @@ def predict(
 ) -> dict[str, int]:
     """Bytes by part of a transfer without a coder: each a formula of `docs/overhead.md`."""
     out = dict.fromkeys(PARTS, 0)
-    sizes: list[int] = []
-    if map_sets:
-        out["map"] = map_sets * -(-shape.tokens // 8)
-        sizes.append(out["map"])
+    groups: list[list[int]] = [[map_sets * -(-shape.tokens // 8)]] if map_sets else []
+    out["map"] = sum(map(sum, groups))
+    tensor = (shape.kv_heads, kept, shape.head_size)
     for layer in range(shape.layers):
-        tensor = (shape.kv_heads, kept, shape.head_size)
-        for side in SIDES:
-            for kind, size in recipe.codec.part_sizes(layer, side, tensor, shape.element_bytes, 2):
-                out[kind] += size
-                sizes.append(size)
-    body = sum(sizes)
-    header = number(1) + number(kept) + number(map_sets) + nested(2 * shape.layers)
-    header += sum(nested(number(1) + number(size)) for size in sizes)
-    out["header"] = number(1) + nested(header)
+        parts = [
+            part
+            for side in SIDES
+            for part in recipe.codec.part_sizes(layer, side, tensor, shape.element_bytes, 2)
+        ]
+        for kind, size in parts:
+            out[kind] += size
+        groups.append([size for _, size in parts])
+    codec = recipe_to_proto(recipe).codec.ByteSize()
+    out["header"] = number(1) + nested(nested(number(kept) + number(map_sets)) + nested(codec))
     out["manifest"] = known.manifest_bytes + varint(shape.tokens)
-    chunks = -(-body // chunk_bytes)
     frames = [out["manifest"], out["header"]]
-    for index in range(chunks):
-        size = min(chunk_bytes, body - index * chunk_bytes)
-        frames.append(number(2 + index) + nested(number(index * chunk_bytes) + 5 + nested(size)))
-    frames.append(number(2 + chunks) + nested(nested(32)))
-    frames.append(number(3 + chunks) + nested(nested(32) + number(1)))
-    out["framing"] = sum(frames[2:]) - body
+    for index, sizes in enumerate(groups):
+        frames += _group_frames(len(frames), sizes, chunk_bytes, is_map=bool(map_sets) and index == 0)
+    frames.append(number(len(frames)) + nested(nested(32)))
+    frames.append(number(len(frames)) + nested(nested(32) + number(1)))
+    out["framing"] = sum(frames[2:]) - sum(map(sum, groups))
     stream = sum(frames) + 5 * len(frames)
     out["grpc"] = 5 * len(frames) + 9 * math.ceil(stream / 16_384)
     out["http2"] = known.http2_bytes
     return out
+
+
+def _group_frames(sequence: int, sizes: Sequence[int], chunk_bytes: int, *, is_map: bool) -> list[int]:
+    """Bytes of the frames of one group from `sequence` on: what it brings, its first bytes, then chunks."""
+    left = sum(sizes)
+    first = min(left, chunk_bytes)
+    told = sum(nested(number(1) + number(size)) for size in sizes) + (0 if is_map else nested(2))
+    frames = [number(sequence) + nested(told + 5 + nested(first))]
+    for offset in range(first, left, chunk_bytes):
+        size = min(chunk_bytes, left - offset)
+        frames.append(number(sequence + len(frames)) + nested(number(offset) + 5 + nested(size)))
+    return frames
 
 
 def packets(stream_bytes: int, segment_bytes: int) -> int:

@@ -64,6 +64,7 @@ def receipt_to_proto(receipt: Receipt) -> common_pb2.Receipt:
         recipe=receipt.recipe,
         transfer_id=receipt.transfer_id,
         element_count=receipt.element_count,
+        segments=receipt.segments,
         certificate=_certificate_to_proto(receipt.certificate),
     )
 
@@ -79,6 +80,7 @@ def receipt_from_proto(message: common_pb2.Receipt) -> Receipt:
         context_tokens=message.context_tokens,
         kept_tokens=message.kept_tokens,
         element_count=message.element_count,
+        segments=message.segments,
         stage_s=dict(message.stage_s),
         bytes=dict(message.bytes),
         socket_bytes=message.socket_bytes,

@@ -24,6 +24,10 @@ from kvlink.v1.wire_pb2 import Turn as Turn
 from kvlink.v1.wire_pb2 import Prompt as Prompt
 from kvlink.v1.wire_pb2 import Part as Part
 from kvlink.v1.wire_pb2 import SegmentHeader as SegmentHeader
+from kvlink.v1.wire_pb2 import Positions as Positions
+from kvlink.v1.wire_pb2 import Refinement as Refinement
+from kvlink.v1.wire_pb2 import Text as Text
+from kvlink.v1.wire_pb2 import Group as Group
 from kvlink.v1.wire_pb2 import Chunk as Chunk
 from kvlink.v1.wire_pb2 import SegmentEnd as SegmentEnd
 from kvlink.v1.wire_pb2 import End as End
@@ -34,7 +38,6 @@ from kvlink.v1.wire_pb2 import Method as Method
 from kvlink.v1.wire_pb2 import Scope as Scope
 from kvlink.v1.wire_pb2 import When as When
 from kvlink.v1.wire_pb2 import Axis as Axis
-from kvlink.v1.wire_pb2 import SegmentKind as SegmentKind
 from kvlink.v1.wire_pb2 import Coder as Coder
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -71,10 +74,6 @@ WHEN_DURING: _wire_pb2.When
 AXIS_UNSPECIFIED: _wire_pb2.Axis
 AXIS_TOKEN: _wire_pb2.Axis
 AXIS_CHANNEL: _wire_pb2.Axis
-SEGMENT_KIND_UNSPECIFIED: _wire_pb2.SegmentKind
-SEGMENT_KIND_POSITIONS: _wire_pb2.SegmentKind
-SEGMENT_KIND_TEXT: _wire_pb2.SegmentKind
-SEGMENT_KIND_REFINEMENT: _wire_pb2.SegmentKind
 CODER_UNSPECIFIED: _wire_pb2.Coder
 CODER_IDENTITY: _wire_pb2.Coder
 CODER_ZSTD: _wire_pb2.Coder

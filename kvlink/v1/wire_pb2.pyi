@@ -61,13 +61,6 @@ class Axis(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     AXIS_TOKEN: _ClassVar[Axis]
     AXIS_CHANNEL: _ClassVar[Axis]
 
-class SegmentKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    SEGMENT_KIND_UNSPECIFIED: _ClassVar[SegmentKind]
-    SEGMENT_KIND_POSITIONS: _ClassVar[SegmentKind]
-    SEGMENT_KIND_TEXT: _ClassVar[SegmentKind]
-    SEGMENT_KIND_REFINEMENT: _ClassVar[SegmentKind]
-
 class Coder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CODER_UNSPECIFIED: _ClassVar[Coder]
@@ -107,30 +100,28 @@ WHEN_DURING: When
 AXIS_UNSPECIFIED: Axis
 AXIS_TOKEN: Axis
 AXIS_CHANNEL: Axis
-SEGMENT_KIND_UNSPECIFIED: SegmentKind
-SEGMENT_KIND_POSITIONS: SegmentKind
-SEGMENT_KIND_TEXT: SegmentKind
-SEGMENT_KIND_REFINEMENT: SegmentKind
 CODER_UNSPECIFIED: Coder
 CODER_IDENTITY: Coder
 CODER_ZSTD: Coder
 CODER_RANS: Coder
 
 class Frame(_message.Message):
-    __slots__ = ("sequence", "manifest", "segment_header", "segment_end", "end", "chunk")
+    __slots__ = ("sequence", "manifest", "segment_header", "segment_end", "end", "group", "chunk")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_HEADER_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_END_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     manifest: Manifest
     segment_header: SegmentHeader
     segment_end: SegmentEnd
     end: End
+    group: Group
     chunk: Chunk
-    def __init__(self, sequence: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., segment_header: _Optional[_Union[SegmentHeader, _Mapping]] = ..., segment_end: _Optional[_Union[SegmentEnd, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., segment_header: _Optional[_Union[SegmentHeader, _Mapping]] = ..., segment_end: _Optional[_Union[SegmentEnd, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., group: _Optional[_Union[Group, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class Manifest(_message.Message):
     __slots__ = ("protocol_version", "transfer_id", "mode", "fingerprint", "shape", "recipe", "prompt", "context_digest", "text_bytes", "sketch")
@@ -287,26 +278,26 @@ class LowRank(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., factors: _Optional[_Union[Quantized, _Mapping]] = ...) -> None: ...
 
 class Transform(_message.Message):
-    __slots__ = ("step_code", "basis", "rest_code")
+    __slots__ = ("step_code", "basis")
     STEP_CODE_FIELD_NUMBER: _ClassVar[int]
     BASIS_FIELD_NUMBER: _ClassVar[int]
-    REST_CODE_FIELD_NUMBER: _ClassVar[int]
     step_code: int
     basis: str
-    rest_code: int
-    def __init__(self, step_code: _Optional[int] = ..., basis: _Optional[str] = ..., rest_code: _Optional[int] = ...) -> None: ...
+    def __init__(self, step_code: _Optional[int] = ..., basis: _Optional[str] = ...) -> None: ...
 
 class Recipe(_message.Message):
-    __slots__ = ("mode", "selection", "codec", "coder")
+    __slots__ = ("mode", "selection", "codec", "coder", "background")
     MODE_FIELD_NUMBER: _ClassVar[int]
     SELECTION_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     CODER_FIELD_NUMBER: _ClassVar[int]
+    BACKGROUND_FIELD_NUMBER: _ClassVar[int]
     mode: Mode
     selection: Selection
     codec: Codec
     coder: Coder
-    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., codec: _Optional[_Union[Codec, _Mapping]] = ..., coder: _Optional[_Union[Coder, str]] = ...) -> None: ...
+    background: Codec
+    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., selection: _Optional[_Union[Selection, _Mapping]] = ..., codec: _Optional[_Union[Codec, _Mapping]] = ..., coder: _Optional[_Union[Coder, str]] = ..., background: _Optional[_Union[Codec, _Mapping]] = ...) -> None: ...
 
 class Turn(_message.Message):
     __slots__ = ("role", "content")
@@ -337,20 +328,52 @@ class Part(_message.Message):
     def __init__(self, coder: _Optional[_Union[Coder, str]] = ..., coded_bytes: _Optional[int] = ...) -> None: ...
 
 class SegmentHeader(_message.Message):
-    __slots__ = ("index", "kind", "kept", "map_sets", "parts", "scale_bytes")
+    __slots__ = ("index", "positions", "refinement", "text", "codec")
     INDEX_FIELD_NUMBER: _ClassVar[int]
-    KIND_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    REFINEMENT_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    positions: Positions
+    refinement: Refinement
+    text: Text
+    codec: Codec
+    def __init__(self, index: _Optional[int] = ..., positions: _Optional[_Union[Positions, _Mapping]] = ..., refinement: _Optional[_Union[Refinement, _Mapping]] = ..., text: _Optional[_Union[Text, _Mapping]] = ..., codec: _Optional[_Union[Codec, _Mapping]] = ...) -> None: ...
+
+class Positions(_message.Message):
+    __slots__ = ("kept", "map_sets", "sliding")
     KEPT_FIELD_NUMBER: _ClassVar[int]
     MAP_SETS_FIELD_NUMBER: _ClassVar[int]
-    PARTS_FIELD_NUMBER: _ClassVar[int]
-    SCALE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    index: int
-    kind: SegmentKind
+    SLIDING_FIELD_NUMBER: _ClassVar[int]
     kept: int
     map_sets: int
+    sliding: bool
+    def __init__(self, kept: _Optional[int] = ..., map_sets: _Optional[int] = ..., sliding: bool = ...) -> None: ...
+
+class Refinement(_message.Message):
+    __slots__ = ("kept", "map_sets")
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    MAP_SETS_FIELD_NUMBER: _ClassVar[int]
+    kept: int
+    map_sets: int
+    def __init__(self, kept: _Optional[int] = ..., map_sets: _Optional[int] = ...) -> None: ...
+
+class Text(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Group(_message.Message):
+    __slots__ = ("parts", "scale_bytes", "crc32c", "data")
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    SCALE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
     parts: _containers.RepeatedCompositeFieldContainer[Part]
     scale_bytes: bytes
-    def __init__(self, index: _Optional[int] = ..., kind: _Optional[_Union[SegmentKind, str]] = ..., kept: _Optional[int] = ..., map_sets: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., scale_bytes: _Optional[bytes] = ...) -> None: ...
+    crc32c: int
+    data: bytes
+    def __init__(self, parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., scale_bytes: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("offset", "crc32c", "data")

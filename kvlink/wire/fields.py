@@ -89,6 +89,7 @@ FIELDS: dict[str, Rules] = {
         "recipe": Words(RECIPE.most),
         "transfer_id": Words(32, r"([0-9a-f]{32})?", "32 hex digits or none"),
         "element_count": _SIZE,
+        "segments": _COUNT,
         "certificate": Inner(),
     },
     "Certificate": {
@@ -217,13 +218,18 @@ FIELDS: dict[str, Rules] = {
     "Transform": {
         "step_code": Whole(-40, 40),
         "basis": Words(32, r"(own|[0-9a-f]{32})?", "own, 32 hex digits or none"),
-        "rest_code": Whole(-40, 40),
     },
-    "Recipe": {"mode": Known(), "selection": Inner(), "codec": Inner(), "coder": Known()},
+    "Recipe": {"mode": Known(), "selection": Inner(), "codec": Inner(), "coder": Known(), "background": Inner()},
+    "SegmentHeader": {
+        "index": _COUNT, "positions": Inner(), "refinement": Inner(), "text": Inner(), "codec": Inner(),
+    },
+    "Positions": {"kept": _COUNT, "map_sets": _COUNT, "sliding": Known()},
+    "Refinement": {"kept": _COUNT, "map_sets": _COUNT},
+    "Text": {},
     "Prompt": {
         "template_id": _NAME, "before": Bytes(most=FRAME.most), "after": Bytes(most=65_536), "turns": Many(TURNS.most),
     },
 }  # fmt: skip
 
-BY_THE_SESSION = ("Frame", "SegmentHeader", "Part", "Chunk", "SegmentEnd", "End")
+BY_THE_SESSION = ("Frame", "Group", "Part", "Chunk", "SegmentEnd", "End")
 """Messages whose every field `ReceiveSession` compares with what it must be."""

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from kvlink.errors import RemoteProtocolError
-from kvlink.payload import EncodedSegment
+from kvlink.payload import SegmentHeader, count_kinds
 from kvlink.receipt import warnings_of
 from kvlink.v1 import wire_pb2 as pb
 from kvlink.wire.file import FORMAT_VERSION, MAGIC, read_frames
-from kvlink.wire.session import ManifestReceived, ReceiveSession, SegmentReceived, TextReceived
+from kvlink.wire.session import GroupReceived, ManifestReceived, ReceiveSession, SegmentOpened
 
 
 def recipe_of(first_frame: bytes) -> str:
@@ -32,18 +32,18 @@ def describe(source: BinaryIO) -> dict[str, Any]:
     """Manifest, sizes and bytes by kind. Raises what `read_frames` and the session raise."""
     session = ReceiveSession()
     frame_bytes: list[int] = []
-    kept: list[int] = []
+    headers: list[SegmentHeader] = []
     kinds: dict[str, int] = {}
     for frame in read_frames(source):
         frame_bytes.append(len(frame))
         for event in session.receive(frame):
-            if isinstance(event, SegmentReceived):
-                kept.append(event.segment.kept)
-                _count(event.segment, kinds)
-            elif isinstance(event, TextReceived):
-                kinds["text"] = event.part.coded_bytes
-            elif isinstance(event, ManifestReceived):
+            if isinstance(event, ManifestReceived):
                 kinds["manifest"] = len(frame)
+            elif isinstance(event, SegmentOpened):
+                headers.append(event.header)
+            elif isinstance(event, GroupReceived):
+                for kind, count in count_kinds([event.group]).items():
+                    kinds[kind] = kinds.get(kind, 0) + count
     session.close()
     manifest = session.manifest
     if manifest is None:  # pragma: no cover - close() refuses a session without one
@@ -56,7 +56,7 @@ def describe(source: BinaryIO) -> dict[str, Any]:
         **({"warnings": list(found)} if (found := warnings_of(str(manifest.recipe))) else {}),
         "transfer_id": manifest.transfer_id.hex(),
         "context_tokens": shape.tokens,
-        "kept_tokens": kept[0] if kept else 0,
+        "kept_tokens": headers[0].kept,
         "shape": {
             "layers": shape.layers,
             "kv_heads": shape.kv_heads,
@@ -66,16 +66,11 @@ def describe(source: BinaryIO) -> dict[str, Any]:
         "template": manifest.prompt.template_id,
         "weights": manifest.fingerprint.weights.hex(),
         "frames": len(frame_bytes),
-        "segments": len(kept) or 1,
+        "segments": len(headers),
         "bytes": {kind: count for kind, count in kinds.items() if count},
         "frame_bytes": sum(frame_bytes),
         "bits_per_element": 8 * sum(frame_bytes) / shape.element_count,
     }
-
-
-def _count(body: EncodedSegment, kinds: dict[str, int]) -> None:
-    for kind, count in body.bytes_by_kind().items():
-        kinds[kind] = kinds.get(kind, 0) + count
 
 
 _SHOWN_BYTES = 12

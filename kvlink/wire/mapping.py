@@ -72,7 +72,9 @@ def _read_field(message: Message, descriptor: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is tuple:
         return tuple(read(item, typing.get_args(hint)[0]) for item in value)
     if isinstance(hint, types.UnionType):
-        return value if message.HasField(descriptor.name) else None
+        if not message.HasField(descriptor.name):
+            return None
+        hint = next(one for one in typing.get_args(hint) if one is not type(None))
     if descriptor.message_type is not None:
         if not message.HasField(descriptor.name):
             raise RemoteProtocolError(f"missing in {message.DESCRIPTOR.name}")

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import cast
 
+from kvlink.codecs import Codec
 from kvlink.errors import IdentityError, KvlinkError, RemoteProtocolError
-from kvlink.payload import CacheShape, Fingerprint, Mode, Prompt, Turn
+from kvlink.payload import CacheShape, Fingerprint, Mode, Prompt, SegmentHeader, Turn
 from kvlink.recipe import Recipe
 from kvlink.sketch import Sketch
 from kvlink.v1 import common_pb2
@@ -79,6 +80,35 @@ def recipe_to_proto(recipe: Recipe) -> pb.Recipe:
 def recipe_from_proto(message: pb.Recipe) -> Recipe:
     """Raises RemoteProtocolError and RecipeError where a value is not of its set or out of range."""
     return cast(Recipe, read(message, Recipe))
+
+
+def header_to_proto(header: SegmentHeader, index: int) -> pb.SegmentHeader:
+    message = pb.SegmentHeader(index=index)
+    if header.codec is not None:
+        write(header.codec, message.codec)
+    if header.adds == "positions":
+        message.positions.kept, message.positions.map_sets = header.kept, header.map_sets
+        message.positions.sliding = header.sliding
+    elif header.adds == "refinement":
+        message.refinement.kept, message.refinement.map_sets = header.kept, header.map_sets
+    else:
+        message.text.SetInParent()
+    return message
+
+
+def header_from_proto(message: pb.SegmentHeader) -> SegmentHeader:
+    """Raises RemoteProtocolError where it does not say what it adds; RecipeError for an impossible codec."""
+    checked.check(message, RemoteProtocolError, "segment header")
+    adds = message.WhichOneof("adds")
+    codec = cast(Codec, read(message.codec, Codec)) if message.HasField("codec") else None
+    if adds == "positions":
+        told = message.positions
+        return SegmentHeader("positions", codec, told.kept, told.map_sets, told.sliding)
+    if adds == "refinement":
+        return SegmentHeader("refinement", codec, message.refinement.kept, message.refinement.map_sets)
+    if adds != "text" or codec is not None:
+        raise RemoteProtocolError("a segment adds positions, a refinement or a text without a codec")
+    return SegmentHeader("text")
 
 
 def shape_to_proto(shape: CacheShape) -> pb.CacheShape:

@@ -12,16 +12,16 @@ Does not know: gRPC, files, tensors, time. Place on the path: frame and deframe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import google_crc32c
 from blake3 import blake3
 from google.protobuf.message import DecodeError
 
 from kvlink.bounds import TEXT
-from kvlink.codecs.base import SIDES
+from kvlink.codecs.base import PartCoder, PartKind, PartSize
 from kvlink.errors import (
     IntegrityError,
     KvlinkError,
@@ -30,16 +30,23 @@ from kvlink.errors import (
     RemoteProtocolError,
     TruncatedError,
 )
-from kvlink.payload import CacheShape, EncodedSegment, EncodedTensor, Part, PartKind
-from kvlink.recipe import Recipe
+from kvlink.payload import Group, Part, Segment, SegmentHeader
 from kvlink.v1 import wire_pb2 as pb
 from kvlink.wire import checked
-from kvlink.wire.messages import Manifest, manifest_from_proto, manifest_to_proto
+from kvlink.wire.layout import GroupPlace, check_header, groups_of, part_sizes
+from kvlink.wire.messages import (
+    Manifest,
+    header_from_proto,
+    header_to_proto,
+    manifest_from_proto,
+    manifest_to_proto,
+)
 
 State = Literal["start", "open", "segment", "done", "failed"]
 TRANSITIONS: dict[tuple[State, str], State] = {
     ("start", "manifest"): "open",
     ("open", "segment_header"): "segment",
+    ("segment", "group"): "segment",
     ("segment", "chunk"): "segment",
     ("segment", "segment_end"): "open",
     ("open", "end"): "done",
@@ -47,7 +54,11 @@ TRANSITIONS: dict[tuple[State, str], State] = {
 """(state, frame) → next state. Every other pair is a protocol error and leads to `failed`."""
 
 CHUNK_BYTES = 512 * 1024
-_CODERS = {"identity": pb.CODER_IDENTITY, "zstd": pb.CODER_ZSTD, "rans": pb.CODER_RANS}
+_CODERS: dict[PartCoder, pb.Coder] = {
+    "identity": pb.CODER_IDENTITY,
+    "zstd": pb.CODER_ZSTD,
+    "rans": pb.CODER_RANS,
+}
 _CODER_NAMES = {value: name for name, value in _CODERS.items()}
 
 
@@ -69,17 +80,26 @@ class ManifestReceived:
 
 
 @dataclass(frozen=True, slots=True)
-class SegmentReceived:
-    """A closed segment: its digest matched, it may be used."""
+class SegmentOpened:
+    """A header that fits the manifest and what came before. `index` counts from 0."""
 
-    segment: EncodedSegment
+    index: int
+    header: SegmentHeader
 
 
 @dataclass(frozen=True, slots=True)
-class TextReceived:
-    """The closed segment of a text transfer."""
+class GroupReceived:
+    """A whole group: its checksums matched. It may be decoded, but not used before its segment has closed."""
 
-    part: Part
+    place: GroupPlace
+    group: Group
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentClosed:
+    """The digest matched: what the segment brought may be used."""
+
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +107,7 @@ class TransferComplete:
     segments: int
 
 
-Event = ManifestReceived | SegmentReceived | TextReceived | TransferComplete
+Event = ManifestReceived | SegmentOpened | GroupReceived | SegmentClosed | TransferComplete
 
 
 class SendSession:
@@ -107,29 +127,36 @@ class SendSession:
         """The manifest frame."""
         return self._frame("manifest", manifest=manifest_to_proto(self.manifest))
 
-    def segment(self, segment: EncodedSegment | Part) -> Iterator[bytes]:
-        """Header, chunks and end of one segment: a coded cache or the part of a text."""
-        if isinstance(segment, Part):
-            parts, header = [segment], pb.SegmentHeader(kind=pb.SEGMENT_KIND_TEXT)
-        else:
-            maps = [segment.selection_map] if segment.selection_map else []
-            parts = [*maps, *(part for tensor in segment.tensors for part in tensor.parts)]
-            header = pb.SegmentHeader(
-                kind=pb.SEGMENT_KIND_POSITIONS,
-                kept=segment.kept,
-                map_sets=segment.map_sets,
-                scale_bytes=bytes(tensor.scale_bytes for tensor in segment.tensors),
+    def segment(self, header: SegmentHeader, groups: Iterable[Group]) -> Iterator[bytes]:
+        """The frames of one segment, each as soon as its group is there."""
+        yield self._frame("segment_header", segment_header=header_to_proto(header, self._segments))
+        for group in groups:
+            slices = _slices((part.data for part in group.parts), self._chunk_bytes)
+            data = next(slices, b"")
+            parts = [pb.Part(coder=_CODERS[p.coder], coded_bytes=p.coded_bytes) for p in group.parts]
+            yield self._frame(
+                "group",
+                group=pb.Group(
+                    parts=parts,
+                    scale_bytes=bytes(group.scale_bytes),
+                    crc32c=google_crc32c.value(data),
+                    data=data,
+                ),
             )
-        header.index = self._segments
-        header.parts.extend(pb.Part(coder=_CODERS[p.coder], coded_bytes=p.coded_bytes) for p in parts)
-        yield self._frame("segment_header", segment_header=header)
-        offset = 0
-        for data in _slices((part.data for part in parts), self._chunk_bytes):
-            chunk = pb.Chunk(offset=offset, crc32c=google_crc32c.value(data), data=data)
-            offset += len(data)
-            yield self._frame("chunk", chunk=chunk)
+            offset = len(data)
+            for data in slices:
+                chunk = pb.Chunk(offset=offset, crc32c=google_crc32c.value(data), data=data)
+                offset += len(data)
+                yield self._frame("chunk", chunk=chunk)
         yield self._frame("segment_end", segment_end=pb.SegmentEnd(digest=self._digest.digest()))
         self._segments += 1
+
+    def transfer(self, segments: Iterable[Segment]) -> Iterator[bytes]:
+        """All frames of a transfer."""
+        yield self.open()
+        for segment in segments:
+            yield from self.segment(segment.header, segment.groups)
+        yield self.end()
 
     def end(self) -> bytes:
         """The last frame."""
@@ -161,13 +188,13 @@ def _slices(parts: Iterator[bytes], size: int) -> Iterator[bytes]:
 class ReceiveSession:
     """Frames in, events out. After an error the session is `failed` and takes nothing more.
 
-    What an event hands out is checked: every chunk against its crc32c, every closed segment
+    What an event hands out is checked: every group against its checksums, every closed segment
     against the digest of all bytes so far. Raises RemoteProtocolError, IntegrityError,
     LimitError, TruncatedError; each names the frame.
     """
 
     def __init__(self, limits: Limits | None = None, *, keep: bool = True) -> None:
-        """`keep` False: a session that only checks; its segments hold no bytes and are not told."""
+        """`keep` False: a session that only checks; its groups hold no bytes and are not told."""
         self.limits = limits or Limits()
         self._keep = keep
         self.state: State = "start"
@@ -175,7 +202,11 @@ class ReceiveSession:
         self._next_sequence = 0
         self._segments = 0
         self._digest = blake3()
-        self._header: _Header | None = None
+        self._header: SegmentHeader | None = None
+        self._present = 0  # positions of each set that came in segments so far
+        self._awaited: list[GroupPlace] = []
+        self._open_parts: tuple[_PartHeader, ...] = ()
+        self._scale_bytes: tuple[int, ...] = ()
         self._buffer = bytearray()
         self._received = 0
 
@@ -249,49 +280,100 @@ class ReceiveSession:
         return [ManifestReceived(manifest)]
 
     def _on_segment_header(self, message: pb.SegmentHeader, where: str) -> list[Event]:
-        assert self.manifest is not None  # the table: a manifest came first
         if self._segments >= self.limits.max_segments:
             raise LimitError(f"{where}: at most {self.limits.max_segments} segments")
         if message.index != self._segments:
             raise RemoteProtocolError(f"{where}: expected segment {self._segments}, found {message.index}")
-        self._header = _Header.read(message, self.manifest, where)
-        self._buffer = bytearray()
-        self._received = 0
-        return []
+        try:
+            header = header_from_proto(message)
+            self._open(header)
+        except KvlinkError as error:
+            raise type(error)(f"{where}: {error}") from error
+        self._header = header
+        return [SegmentOpened(self._segments, header)]
+
+    def _open(self, header: SegmentHeader) -> None:
+        """Check a header against the manifest and what came before."""
+        manifest = self.told()
+        if (header.adds == "text") is not (manifest.mode == "text"):
+            raise RemoteProtocolError(
+                f"a segment that adds {header.adds} in a transfer of mode {manifest.mode}"
+            )
+        if header.adds == "text":
+            if self._segments:
+                raise RemoteProtocolError("a text comes in one segment")
+        else:
+            check_header(header, manifest.shape, self._present, self._present == 0)
+            recipe = manifest.recipe
+            if header.adds == "positions":
+                if header.codec not in (recipe.codec, recipe.background):
+                    raise RemoteProtocolError(f"a segment's codec is not of the recipe {recipe}")
+                self._present += header.kept
+        self._awaited = groups_of(header, manifest.shape)
+
+    def _on_group(self, message: pb.Group, where: str) -> list[Event]:
+        manifest, header = self.told(), self._header
+        if self._open_parts:
+            raise RemoteProtocolError(f"{where}: a group begins before the one before it is whole")
+        if not self._awaited or header is None:
+            raise RemoteProtocolError(f"{where}: more groups than the segment has")
+        place = self._awaited[0]
+        try:
+            sizes = part_sizes(place, header, manifest.shape, message.scale_bytes, manifest.text_bytes)
+        except KvlinkError as error:
+            raise type(error)(f"{where}: {error}") from error
+        self._open_parts = _read_parts(message, sizes, where)
+        self._scale_bytes = tuple(message.scale_bytes)
+        self._buffer, self._received = bytearray(), 0
+        return self._take(message.data, message.crc32c, where)
 
     def _on_chunk(self, message: pb.Chunk, where: str) -> list[Event]:
-        assert self._header is not None  # the table: a header came first
         if message.offset != self._received:
             raise RemoteProtocolError(f"{where}: expected offset {self._received}, found {message.offset}")
-        if not message.data:
-            raise RemoteProtocolError(f"{where}: an empty chunk")
-        if self._received + len(message.data) > self._header.coded_bytes:
-            raise RemoteProtocolError(
-                f"{where}: the segment has {self._header.coded_bytes} bytes, chunks bring more"
-            )
-        found = google_crc32c.value(message.data)
-        if found != message.crc32c:
+        return self._take(message.data, message.crc32c, where)
+
+    def _take(self, data: bytes, claimed: int, where: str) -> list[Event]:
+        """Bytes of the open group; the group once it is whole."""
+        expected = sum(part.coded_bytes for part in self._open_parts)
+        if not data:
+            raise RemoteProtocolError(f"{where}: no bytes")
+        if self._received + len(data) > expected:
+            raise RemoteProtocolError(f"{where}: the group has {expected} bytes, more come")
+        found = google_crc32c.value(data)
+        if found != claimed:
             raise IntegrityError(
-                f"{where}: chunk at offset {message.offset}: expected crc32c {message.crc32c:08x}, found {found:08x}"
+                f"{where}: bytes at offset {self._received}: expected crc32c {claimed:08x}, found {found:08x}"
             )
-        self._received += len(message.data)
+        self._received += len(data)
         if self._keep:
-            self._buffer += message.data
-        return []
+            self._buffer += data
+        if self._received < expected:
+            return []
+        place = self._awaited.pop(0)
+        if not self._keep:
+            self._open_parts = ()
+            return []
+        cut, at = [], 0
+        for part in self._open_parts:
+            cut.append(
+                Part(part.kind, part.coder, part.plain_bytes, bytes(self._buffer[at : at + part.coded_bytes]))
+            )
+            at += part.coded_bytes
+        self._open_parts, self._buffer = (), bytearray()
+        return [GroupReceived(place, Group(tuple(cut), self._scale_bytes))]
 
     def _on_segment_end(self, message: pb.SegmentEnd, where: str) -> list[Event]:
-        assert self._header is not None  # the table: a header came first
-        if self._received != self._header.coded_bytes:
-            raise RemoteProtocolError(
-                f"{where}: expected {self._header.coded_bytes} bytes in the segment, found {self._received}"
-            )
+        if self._awaited or self._open_parts:
+            raise RemoteProtocolError(f"{where}: the segment ends, {len(self._awaited)} groups have not come")
         self._check_digest(message.digest, where)
         self._segments += 1
-        if not self._keep:
-            return []
-        event = self._header.split(bytes(self._buffer))
-        self._buffer = bytearray()
-        return [event]
+        return [SegmentClosed(self._segments - 1)]
+
+    def told(self) -> Manifest:
+        """The manifest. Raises RemoteProtocolError before it has come."""
+        if self.manifest is None:
+            raise RemoteProtocolError("no manifest came")
+        return self.manifest
 
     def _on_end(self, message: pb.End, where: str) -> list[Event]:
         self._check_digest(message.digest, where)
@@ -310,89 +392,28 @@ class ReceiveSession:
 
 
 @dataclass(frozen=True, slots=True)
-class _Header:
-    """A checked segment header: what each part is, and how large, before any byte is taken."""
+class _PartHeader:
+    kind: PartKind
+    coder: PartCoder
+    plain_bytes: int
+    coded_bytes: int
 
-    kept: int
-    map_sets: int
-    parts: tuple[tuple[PartKind, Literal["identity", "zstd", "rans"], int, int], ...]
-    """(kind, coder, plain bytes, coded bytes) in wire order."""
-    tensors: tuple[tuple[int, Literal["keys", "values"], tuple[int, int, int], int, int], ...]
-    """(layer, side, shape, bytes per scale, number of parts)."""
 
-    @property
-    def coded_bytes(self) -> int:
-        return sum(part[3] for part in self.parts)
-
-    @classmethod
-    def read(cls, message: pb.SegmentHeader, manifest: Manifest, where: str) -> _Header:
-        expected = pb.SEGMENT_KIND_TEXT if manifest.mode == "text" else pb.SEGMENT_KIND_POSITIONS
-        if message.kind != expected:
+def _read_parts(message: pb.Group, sizes: list[PartSize], where: str) -> tuple[_PartHeader, ...]:
+    """The parts that a group announces, each at most as large as it is plain."""
+    if len(message.parts) != len(sizes):
+        raise RemoteProtocolError(f"{where}: expected {len(sizes)} parts, found {len(message.parts)}")
+    parts = []
+    for number, (part, (kind, size)) in enumerate(zip(message.parts, sizes, strict=True)):
+        coder = _CODER_NAMES.get(part.coder)
+        if coder is None:
+            raise RemoteProtocolError(f"{where}: part {number} ({kind}): unknown coder {part.coder}")
+        if part.coded_bytes > size or (coder == "identity" and part.coded_bytes != size):
             raise RemoteProtocolError(
-                f"{where}: expected {pb.SegmentKind.Name(expected)}, found kind {message.kind}"
+                f"{where}: part {number} ({kind}, {coder}): {size} plain bytes, {part.coded_bytes} coded ones"
             )
-        tensors: list[tuple[int, Literal["keys", "values"], tuple[int, int, int], int, int]] = []
-        if manifest.mode == "text":
-            plain: list[tuple[PartKind, int]] = [("text", manifest.text_bytes)]
-        else:
-            plain, tensors = _expected_parts(message, manifest.shape, manifest.recipe, where)
-        if len(message.parts) != len(plain):
-            raise RemoteProtocolError(f"{where}: expected {len(plain)} parts, found {len(message.parts)}")
-        parts = []
-        for number, (part, (kind, size)) in enumerate(zip(message.parts, plain, strict=True)):
-            coder = _CODER_NAMES.get(part.coder)
-            if coder is None:
-                raise RemoteProtocolError(f"{where}: part {number} ({kind}): unknown coder {part.coder}")
-            if part.coded_bytes > size or (coder == "identity" and part.coded_bytes != size):
-                raise RemoteProtocolError(
-                    f"{where}: part {number} ({kind}, {coder}): {size} plain bytes, {part.coded_bytes} coded ones"
-                )
-            parts.append((kind, coder, size, part.coded_bytes))
-        return cls(message.kept, message.map_sets, tuple(parts), tuple(tensors))  # type: ignore[arg-type]
-
-    def split(self, data: bytes) -> SegmentReceived | TextReceived:
-        """Cut the segment's bytes into its parts."""
-        cut: list[Part] = []
-        at = 0
-        for kind, coder, plain, coded in self.parts:
-            cut.append(Part(kind, coder, plain, data[at : at + coded]))
-            at += coded
-        if not self.tensors:
-            return TextReceived(cut[0])
-        selection_map = cut.pop(0) if self.map_sets else None
-        tensors = []
-        for layer, side, shape, scale_bytes, count in self.tensors:
-            tensors.append(EncodedTensor(layer, side, shape, scale_bytes, tuple(cut[:count])))
-            del cut[:count]
-        return SegmentReceived(EncodedSegment(self.kept, self.map_sets, selection_map, tuple(tensors)))
-
-
-def _expected_parts(
-    message: pb.SegmentHeader, shape: CacheShape, recipe: Recipe, where: str
-) -> tuple[list[tuple[PartKind, int]], list]:
-    """Kinds and plain sizes of all parts of a segment of positions, from shape × recipe."""
-    if not 1 <= message.kept <= shape.tokens:
-        raise RemoteProtocolError(f"{where}: kept must be from 1 to {shape.tokens}, found {message.kept}")
-    whole = dict(shape.whole_layers)
-    most_sets = (shape.layers - len(whole)) * shape.kv_heads
-    allowed = (0,) if message.kept == shape.tokens else (1, most_sets)
-    if message.map_sets not in allowed:
-        raise RemoteProtocolError(f"{where}: expected {allowed} position sets, found {message.map_sets}")
-    if len(message.scale_bytes) != 2 * shape.layers or set(message.scale_bytes) - {2, 4}:
-        raise RemoteProtocolError(f"{where}: expected {2 * shape.layers} scale widths of 2 or 4 bytes")
-    plain: list[tuple[PartKind, int]] = []
-    if message.map_sets:
-        plain.append(("map", message.map_sets * -(-shape.tokens // 8)))
-    tensors: list[Any] = []
-    for layer in range(shape.layers):
-        held = shape.held_tokens(layer, shape.tokens if recipe.covers_all else message.kept)
-        tensor = (shape.kv_heads, held, shape.head_size)
-        for side in SIDES:
-            scale_bytes = message.scale_bytes[len(tensors)]
-            sizes = recipe.codec.part_sizes(layer, side, tensor, shape.element_bytes, scale_bytes)
-            plain += sizes
-            tensors.append((layer, side, tensor, scale_bytes, len(sizes)))
-    return plain, tensors
+        parts.append(_PartHeader(kind, coder, size, part.coded_bytes))
+    return tuple(parts)
 
 
 def diagram() -> str:
@@ -401,11 +422,16 @@ def diagram() -> str:
     return "\n".join([*lines, "any      ── anything else  ──▶ failed"])
 
 
-def segment_of(frames: Sequence[bytes]) -> EncodedSegment:
-    """The segment of a whole transfer of one, read back from its frames. Raises what a session raises."""
-    session = ReceiveSession()
+def read_transfer(frames: Iterable[bytes]) -> tuple[Manifest, list[Segment]]:
+    """Manifest and segments of a whole transfer. Raises what a session raises."""
+    session, headers, groups = ReceiveSession(), list[SegmentHeader](), list[list[Group]]()
     for frame in frames:
         for event in session.receive(frame):
-            if isinstance(event, SegmentReceived):
-                return event.segment
-    raise TruncatedError("the frames bring no segment of a cache")
+            if isinstance(event, SegmentOpened):
+                headers.append(event.header)
+                groups.append([])
+            elif isinstance(event, GroupReceived):
+                groups[-1].append(event.group)
+    session.close()
+    segments = [Segment(header, tuple(held)) for header, held in zip(headers, groups, strict=True)]
+    return session.told(), segments

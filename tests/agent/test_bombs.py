@@ -15,9 +15,9 @@ import zstandard
 from kvlink.agent.receiver import Intake, Receiver
 from kvlink.agent.sender import Sender
 from kvlink.errors import LimitError
-from kvlink.payload import EncodedSegment, Part
+from kvlink.payload import Part, Segment
 from kvlink.wire.file import write_frames
-from kvlink.wire.session import SendSession, segment_of
+from kvlink.wire.session import SendSession, read_transfer
 
 GIGABYTES = 4_000_000_000
 
@@ -63,22 +63,20 @@ def forged(sender: Sender, data: bytes, side: str) -> bytes:
     """A `.kvl` file whose checksums are right and one of whose parts is the bomb."""
     transfer = sender.pack(sender.read("Mira Dosh was born in Tavik. " * 40), "Where?", side)
     manifest = transfer.manifest
-    body: EncodedSegment | Part
     if side == "text":
         plain = 20_000  # what the window can hold
         manifest = replace(manifest, text_bytes=plain)
-        body = Part("text", "zstd", plain, data[:plain])
+        segment = Segment.of_text(Part("text", "zstd", plain, data[:plain]))
     else:
-        body = segment_of(transfer.frames)
-        first = body.tensors[0]
+        _, (segment,) = read_transfer(transfer.frames)
+        first = segment.groups[0]
         codes = max(range(len(first.parts)), key=lambda i: first.parts[i].plain_bytes)
         plain = first.parts[codes].plain_bytes
         parts = list(first.parts)
         parts[codes] = Part("codes", "zstd", plain, data[:plain])
-        body = replace(body, tensors=(replace(first, parts=tuple(parts)), *body.tensors[1:]))
-    session = SendSession(manifest)
+        segment = replace(segment, groups=(replace(first, parts=tuple(parts)), *segment.groups[1:]))
     out = io.BytesIO()
-    write_frames([session.open(), *session.segment(body), session.end()], out)
+    write_frames(SendSession(manifest).transfer([segment]), out)
     return out.getvalue()
 
 
@@ -106,8 +104,8 @@ def test_a_text_that_no_window_holds_is_refused_by_its_manifest(tiny):
     plain = b"Jand Faris was born in Nibo. " * 550_000
     manifest = replace(sender.pack(sender.read("Nothing."), "", "text").manifest, text_bytes=len(plain))
     packed = zstandard.ZstdCompressor().compress(plain)
-    session = SendSession(manifest)
-    frames = [session.open(), *session.segment(Part("text", "zstd", len(plain), packed)), session.end()]
+    segment = Segment.of_text(Part("text", "zstd", len(plain), packed))
+    frames = list(SendSession(manifest).transfer([segment]))
     assert sum(map(len, frames)) < 3000
     intake = Intake(tiny)
     with pytest.raises(LimitError, match="the model's window 2048 holds at most"):

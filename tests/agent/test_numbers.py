@@ -14,8 +14,8 @@ from kvlink.agent.sender import Sender
 from kvlink.compress.lossless import unpack_part
 from kvlink.errors import CodecError, ContextError, DataError, ModelError
 from kvlink.model.generate import generate
-from kvlink.payload import EncodedSegment, Part
-from kvlink.wire.session import SendSession, segment_of
+from kvlink.payload import Part
+from kvlink.wire.session import SendSession, read_transfer
 from tests.agent.conftest import QUESTION, TEXT
 
 WRONG = {"nan": b"\xc0\x7f", "inf": b"\x80\x7f", "-inf": b"\x80\xff"}  # bfloat16, little endian
@@ -29,13 +29,13 @@ def sender(random_lm) -> Sender:
 def forged(sender: Sender, recipe: str, change) -> list[bytes]:
     """A transfer whose checksums are right and one of whose tensors was put through `change(parts)`."""
     transfer = sender.pack(sender.read(TEXT), QUESTION, recipe)
-    segment = segment_of(transfer.frames)
-    tensors = list(segment.tensors)
-    at = len(tensors) // 2
-    tensors[at] = replace(tensors[at], parts=tuple(change(list(tensors[at].parts))))
-    body = EncodedSegment(segment.kept, segment.map_sets, segment.selection_map, tuple(tensors))
-    session = SendSession(transfer.manifest)
-    return [session.open(), *session.segment(body), session.end()]
+    manifest, (segment,) = read_transfer(transfer.frames)
+    groups = list(segment.groups)
+    at = len(groups) // 2
+    half = len(groups[at].parts) // 2
+    parts = (*change(list(groups[at].parts[:half])), *groups[at].parts[half:])  # of its keys
+    groups[at] = replace(groups[at], parts=parts)
+    return list(SendSession(manifest).transfer([replace(segment, groups=tuple(groups))]))
 
 
 def put(part: Part, at: int, data: bytes) -> Part:
@@ -138,8 +138,8 @@ def test_finite_numbers_that_overflow_in_the_model_are_damage(sender, temperatur
 def test_rounding_beyond_the_largest_number_stays_within(random_lm):
     """An honest float16 cache may hold the dtype's largest number; its quantizer rounds upwards."""
     from kvlink.cache import KVCache, LayerCache, full_positions
-    from kvlink.compress.codec import decode, encode
     from kvlink.recipe import Recipe
+    from tests.segments import there_and_back
 
     largest = torch.finfo(torch.float16).max
     tensor = torch.randn(2, 16, 8).mul(1e4).clamp(-largest, largest).half()
@@ -147,4 +147,4 @@ def test_rounding_beyond_the_largest_number_stays_within(random_lm):
     cache = KVCache((LayerCache(tensor, tensor, full_positions(2, 16)),), 16)
     for text in ("int8", "int4", "int8/channel/g4/sym", "int4/token/g8/sym", "int2"):
         recipe = Recipe.parse(text)
-        decode(encode(cache, recipe), cache.shape, recipe).require_finite()
+        there_and_back(cache, recipe).require_finite()

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from kvlink.cache import KVCache, LayerCache, full_positions
 from kvlink.codecs import Transform
-from kvlink.compress.codec import decode, encode
 from kvlink.compress.lossless import from_planes, pack_part, to_planes, unpack_part
 from kvlink.errors import CodecError
-from kvlink.payload import Part
+from kvlink.payload import Group, Part
 from kvlink.recipe import Recipe
+from kvlink.wire.layout import groups_of, part_sizes
 from tests.compress.test_transform import known
+from tests.segments import decoded, encoded, there_and_back
 from tests.test_recipe import codecs
 from tests.wire.samples import make_cache
 
@@ -48,14 +49,13 @@ def test_any_codec_on_any_cache_keeps_shape_positions_and_declared_sizes(cache, 
         cache.shape,
         known(cache.tokens, *cache.layers[0].keys.shape[::2], len(cache.layers)),
     )
-    segment = encode(cache, recipe, context)
-    for tensor in segment.tensors:
-        sizes = codec.part_sizes(
-            tensor.layer, tensor.side, tensor.shape, shape.element_bytes, tensor.scale_bytes
-        )
-        assert [(p.kind, p.plain_bytes) for p in tensor.parts] == sizes
-        assert all(p.coded_bytes <= p.plain_bytes for p in tensor.parts)
-    out = decode(segment, shape, recipe, context)
+    (segment,) = encoded(cache, recipe, context)
+    places = groups_of(segment.header, shape)
+    for place, group in zip(places, segment.groups, strict=True):
+        sizes = part_sizes(place, segment.header, shape, bytes(group.scale_bytes), 0)
+        assert [(p.kind, p.plain_bytes) for p in group.parts] == sizes
+        assert all(p.coded_bytes <= p.plain_bytes for p in group.parts)
+    out = decoded([segment], shape, context)
     assert out.tokens == cache.tokens
     for ours, theirs in zip(out.layers, cache.layers, strict=True):
         assert torch.equal(ours.positions, theirs.positions)
@@ -69,7 +69,7 @@ def test_any_codec_on_any_cache_keeps_shape_positions_and_declared_sizes(cache, 
 @given(caches())
 def test_encoding_is_deterministic(cache):
     recipe = Recipe.parse("int3 svd=4")
-    assert encode(cache, recipe) == encode(cache, recipe)
+    assert encoded(cache, recipe) == encoded(cache, recipe)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -84,7 +84,7 @@ def test_lossless_is_bit_exact_for_every_pattern(dtype, recipe):
     tensor[0, 0] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0], dtype=dtype)
     cache = KVCache((LayerCache(tensor, tensor.flip(1), full_positions(2, 8)),), 8)
     parsed = Recipe.parse(recipe)
-    out = decode(encode(cache, parsed), cache.shape, parsed).layers[0]
+    out = there_and_back(cache, parsed).layers[0]
     assert torch.equal(out.keys.view(torch.uint8), tensor.contiguous().view(torch.uint8))
     assert torch.equal(out.values.view(torch.uint8), tensor.flip(1).contiguous().view(torch.uint8))
 
@@ -92,10 +92,10 @@ def test_lossless_is_bit_exact_for_every_pattern(dtype, recipe):
 def test_low_rank_at_full_rank_is_the_matrix_and_less_is_the_best_approximation():
     cache = make_cache(1, 2, 12, 4, dtype=torch.float32)
     full = Recipe.parse("raw svd=64")
-    restored = decode(encode(cache, full), cache.shape, full)
+    restored = there_and_back(cache, full)
     assert torch.allclose(restored.layers[0].keys, cache.layers[0].keys, atol=1e-5)
     low = Recipe.parse("raw svd=3")
-    out = decode(encode(cache, low), cache.shape, low).layers[0].keys
+    out = there_and_back(cache, low).layers[0].keys
     matrix = cache.layers[0].keys.transpose(0, 1).reshape(12, 8)
     lost = torch.linalg.svdvals(matrix)[3:].square().sum()
     error = (out.transpose(0, 1).reshape(12, 8) - matrix).square().sum()
@@ -104,8 +104,8 @@ def test_low_rank_at_full_rank_is_the_matrix_and_less_is_the_best_approximation(
 
 def test_low_rank_counts_the_bytes_of_both_factors():
     cache = make_cache(1, 2, 40, 16)
-    segment = encode(cache, Recipe.parse("int8 svd=8 coder=identity"))
-    keys = segment.tensors[0]
+    (segment,) = encoded(cache, Recipe.parse("int8 svd=8 coder=identity"))
+    keys = replace(segment.groups[0], parts=segment.groups[0].parts[:4])
     codes = sum(p.coded_bytes for p in keys.parts if p.kind == "codes")
     assert codes == 40 * 8 + 8 * 32
     assert sum(p.coded_bytes for p in keys.parts if p.kind == "scales") > 0
@@ -115,7 +115,7 @@ def test_not_finite_numbers_are_refused_with_layer_and_side():
     cache = make_cache()
     cache.layers[1].values[0, 3, 2] = float("nan")
     with pytest.raises(CodecError, match="layer 1 values: .* head 0, row 3, channel 2"):
-        encode(cache, Recipe.parse("int8"))
+        encoded(cache, Recipe.parse("int8"))
 
 
 def test_sliding_layers_travel_whole():
@@ -125,7 +125,7 @@ def test_sliding_layers_travel_whole():
         (full.layers[0], LayerCache(layer.keys, layer.values, full_positions(2, 7, 13), True)), 20
     ).select(torch.tensor([0, 4, 19]))
     recipe = Recipe.parse("raw")
-    out = decode(encode(cache, recipe), cache.shape, recipe)
+    out = there_and_back(cache, recipe)
     assert out.layers[1].sliding
     assert out.layers[1].positions.tolist() == [list(range(13, 20))] * 2
     assert torch.equal(out.layers[1].keys, layer.keys)
@@ -133,26 +133,36 @@ def test_sliding_layers_travel_whole():
 
 
 def _with_part(segment, number, **change):
-    tensor = segment.tensors[0]
-    parts = list(tensor.parts)
+    group = segment.groups[1]
+    parts = list(group.parts)
     parts[number] = replace(parts[number], **change)
-    return replace(segment, tensors=(replace(tensor, parts=tuple(parts)), *segment.tensors[1:]))
+    return _with_group(segment, replace(group, parts=tuple(parts)))
+
+
+def _with_group(segment, group, at=1):
+    return replace(segment, groups=(*segment.groups[:at], group, *segment.groups[at + 1 :]))
+
+
+def _with_map(segment, data):
+    return _with_group(segment, Group((Part("map", "identity", len(data), data),)), 0)
 
 
 MUTATIONS = {
     "scale width": (
-        lambda s: replace(s, tensors=(replace(s.tensors[0], scale_bytes=3), *s.tensors[1:])),
-        "bytes a scale",
+        lambda s: _with_group(s, replace(s.groups[1], scale_bytes=(3, 2))),
+        "layer 0 keys: expected 2 or 4 bytes a scale",
     ),
-    "shape": (
-        lambda s: replace(s, tensors=(replace(s.tensors[0], shape=(1, 1, 1)), *s.tensors[1:])),
-        "expected shape",
+    "a scale width missing": (
+        lambda s: _with_group(s, replace(s.groups[1], scale_bytes=(2,))),
+        "expected 2 tensors",
     ),
-    "a tensor missing": (lambda s: replace(s, tensors=s.tensors[1:]), "found 3 tensors"),
-    "a tensor twice": (lambda s: replace(s, tensors=(s.tensors[1], *s.tensors[1:])), "found 3 tensors"),
     "a part missing": (
-        lambda s: replace(s, tensors=(replace(s.tensors[0], parts=s.tensors[0].parts[1:]), *s.tensors[1:])),
+        lambda s: _with_group(s, replace(s.groups[1], parts=s.groups[1].parts[1:])),
         "expected parts",
+    ),
+    "a part too many": (
+        lambda s: _with_group(s, replace(s.groups[1], parts=s.groups[1].parts * 2)),
+        "4 parts more",
     ),
     "plain size": (lambda s: _with_part(s, 1, plain_bytes=7), "expected parts"),
     "identity of another size": (
@@ -160,28 +170,19 @@ MUTATIONS = {
         "expected .* bytes, found 1",
     ),
     "not zstd": (lambda s: _with_part(s, 1, coder="zstd", data=b"garbage"), "not a zstd frame"),
-    "no map": (lambda s: replace(s, selection_map=None), "no selection map"),
-    "map of another count": (lambda s: replace(s, map_sets=3), "position sets"),
-    "map short": (lambda s: replace(s, selection_map=Part("map", "identity", 1, b"\1")), "expected 3 bytes"),
-    "map beyond the end": (
-        lambda s: replace(s, selection_map=Part("map", "identity", 3, b"\1\0\xc0")),
-        "at or beyond 22",
-    ),
-    "map with other counts": (
-        lambda s: replace(s, selection_map=Part("map", "identity", 3, b"\1\0\0")),
-        "expected 3 positions a set",
-    ),
+    "map short": (lambda s: _with_map(s, b"\1"), "expected 3 bytes"),
+    "map beyond the end": (lambda s: _with_map(s, b"\1\0\xc0"), "at or beyond 22"),
+    "map with other counts": (lambda s: _with_map(s, b"\1\0\0"), "expected 3 positions a set"),
 }
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_segments_that_do_not_fit_are_refused(name):
     mutate, message = MUTATIONS[name]
-    recipe = Recipe.parse("int8")
     cache = make_cache(tokens=22).select(torch.tensor([0, 4, 19]))
-    segment = encode(cache, recipe)
+    (segment,) = encoded(cache, Recipe.parse("int8"))
     with pytest.raises(CodecError, match=message):
-        decode(mutate(segment), cache.shape, recipe)
+        decoded([mutate(segment)], cache.shape)
 
 
 def test_a_bomb_is_refused_by_its_declared_size():

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlink.cache import KVCache, LayerCache, full_positions
-from kvlink.compress.codec import decode, encode
 from kvlink.compress.codecs import CodecContext
 from kvlink.errors import CodecError, RecipeError
 from kvlink.model.rotary import Rotation
 from kvlink.payload import Fingerprint
 from kvlink.profile import Profile, make_side
 from kvlink.recipe import Recipe
+from tests.segments import decoded, encoded, there_and_back
 
 MARKS = Fingerprint(*(bytes([i]) * 16 for i in range(5)))
 
@@ -59,10 +59,6 @@ def profile_of(full: KVCache, blocks: int) -> Profile:
         )
     count = len(full.layers)
     return Profile(MARKS, tuple(sides[:count]), tuple(sides[count:]), {})
-
-
-def there_and_back(full: KVCache, recipe: Recipe, what: CodecContext, **more) -> KVCache:
-    return decode(encode(full, recipe, what, **more), full.shape, recipe, what)
 
 
 @pytest.mark.parametrize("step", [0.0625, 0.25, 1.0])
@@ -116,9 +112,10 @@ def test_a_rest_is_coarse_and_the_chosen_are_fine():
     full, what = cache(), known(40, 2, 8, 2)
     fine = torch.tensor([0, 5, 6, 30])
     recipe = Recipe.parse("q2c@0.1 transform=0.125 rest=2 basis=own")
-    segment = encode(full, recipe, what, fine)
-    assert (segment.kept, segment.map_sets) == (4, 1)
-    back = decode(segment, full.shape, recipe, what)
+    chosen, others = encoded(full, recipe, what, fine)
+    assert (chosen.header.kept, chosen.header.map_sets) == (4, 1)
+    assert (others.header.kept, others.header.map_sets) == (36, 0), "what is left needs no map"
+    back = decoded([chosen, others], full.shape, what)
     for layer, found in zip(full.layers, back.layers, strict=True):
         error = (layer.keys - found.keys).abs().amax((0, 2))
         others = torch.tensor([i for i in range(40) if i not in fine.tolist()])
@@ -157,7 +154,7 @@ def test_the_bytes_do_not_hang_on_the_caches_dtype():
         tuple(LayerCache(x.keys.float(), x.values.float(), x.positions) for x in narrow.layers), narrow.tokens
     )
     recipe, what = Recipe.parse("transform=0.5 basis=own"), known(40, 2, 8, 2)
-    assert encode(narrow, recipe, what) == encode(wide, recipe, what)
+    assert encoded(narrow, recipe, what) == encoded(wide, recipe, what)
 
 
 PROCESS = """
@@ -167,7 +164,7 @@ sys.path.insert(0, ".")
 from blake3 import blake3
 from tests.compress.test_transform import cache, known
 from kvlink.profile import Profile
-from kvlink.compress.codec import decode, encode
+from tests.segments import decoded, encoded
 from kvlink.recipe import Recipe
 full = cache(400, 4, 64, 2)
 profile = Profile.from_bytes(open(sys.argv[2], "rb").read())
@@ -175,11 +172,11 @@ what = known(400, 4, 64, 2, profile)
 total = blake3()
 for basis in ("own", profile.digest.hex()):
     recipe = Recipe.parse(f"transform=0.7 basis={basis}")
-    segment = encode(full, recipe, what)
-    for tensor in segment.tensors:
-        for part in tensor.parts:
+    segments = encoded(full, recipe, what)
+    for group in segments[0].groups:
+        for part in group.parts:
             total.update(part.data)
-    for layer in decode(segment, full.shape, recipe, what).layers:
+    for layer in decoded(segments, full.shape, what).layers:
         total.update(layer.keys.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
 print(total.hexdigest())
 """
@@ -205,24 +202,24 @@ def test_numbers_that_are_not_finite_are_refused(bad):
     full = cache()
     full.layers[1].values[0, 0, 0] = bad
     with pytest.raises(CodecError, match="layer 1 values: a number is not finite"):
-        encode(full, Recipe.parse("transform=1 basis=own"), known(40, 2, 8, 2))
+        encoded(full, Recipe.parse("transform=1 basis=own"), known(40, 2, 8, 2))
 
 
 def test_a_step_that_is_too_fine_is_refused():
     full = cache()
     full.layers[0].values[0, 0, 0] = 1e30
     with pytest.raises(CodecError, match="layer 0 .*: .*fine"):
-        encode(full, Recipe.parse("transform=0.001 basis=own"), known(40, 2, 8, 2))
+        encoded(full, Recipe.parse("transform=0.001 basis=own"), known(40, 2, 8, 2))
 
 
 def test_a_profile_that_is_not_here_is_refused():
     full = cache()
     profile = profile_of(full, 1)
     recipe = Recipe.parse(f"transform=1 basis={profile.digest.hex()}")
-    segment = encode(full, recipe, known(40, 2, 8, 2, profile))
+    segments = encoded(full, recipe, known(40, 2, 8, 2, profile))
     for other in (None, profile_of(cache(layers=2, seed=9), 2)):
         with pytest.raises(RecipeError, match=f"needs profile {profile.digest.hex()[:12]}, here is"):
-            decode(segment, full.shape, recipe, known(40, 2, 8, 2, other))
+            decoded(segments, full.shape, known(40, 2, 8, 2, other))
 
 
 @pytest.mark.parametrize(
@@ -234,10 +231,10 @@ def test_a_profile_that_is_not_here_is_refused():
         ("transform=1 int4", "'int4' goes with quantizers, not with transform"),
         ("transform=1 svd=4", "'transform=1' goes with transform, not with svd"),
         ("basis=own", "'basis=own' goes with transform"),
-        ("rest=2", "'rest=2' goes with transform"),
+        ("rest=2", "rest=2: a step goes with transform"),
         ("transform=1 basis=mine", "32 hex digits"),
         ("transform=1 rest=2", "rest needs a selection"),
-        ("q2c@0.5 transform=1 rest=2 scope=head", "rest needs a selection, shared"),
+        ("q2c@0.5 transform=1 rest=2 when=during", "rest needs a selection, made after"),
         ("q2c@0.5 transform=2 rest=1", "must not be finer"),
     ],
 )

@@ -123,7 +123,9 @@ def test_over_a_line_with_loss_the_kernel_counts_what_is_sent_again(loss):
         assert 0.5 * expected < found["bytes_retransmitted"] < 2 * expected
         assert found["dropped"] > 0
     else:
-        assert found["bytes_retransmitted"] == found["dropped"] == 0
+        assert found["dropped"] == 0
+        # On a machine that is busy a timer may fire before the answer that is on its way.
+        assert found["bytes_retransmitted"] < 0.02 * sent
 
 
 LINE_TEST = """

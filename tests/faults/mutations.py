@@ -112,9 +112,9 @@ def forged(frames: Sequence[bytes], rng: random.Random) -> list[bytes] | None:
     frame = rng.choice(parsed)
     kind = frame.WhichOneof("body")
     body = getattr(frame, kind)
-    if kind == "chunk":
+    if kind in ("chunk", "group"):
         body.data = _bytes(body.data, rng)
-        if rng.random() < 0.3:
+        if kind == "chunk" and rng.random() < 0.3:
             body.offset = rng.randrange(2**32)
     else:
         try:
@@ -125,8 +125,9 @@ def forged(frames: Sequence[bytes], rng: random.Random) -> list[bytes] | None:
             return None
     digest, found = blake3(), []
     for number, one in enumerate(parsed):
-        if one.WhichOneof("body") == "chunk":
-            one.chunk.crc32c = google_crc32c.value(one.chunk.data)
+        if one.WhichOneof("body") in ("chunk", "group"):
+            held = getattr(one, one.WhichOneof("body"))
+            held.crc32c = google_crc32c.value(held.data)
         elif one.WhichOneof("body") in ("segment_end", "end"):
             getattr(one, one.WhichOneof("body")).digest = digest.digest()
         one.sequence = number

@@ -98,7 +98,7 @@ class Maker:
     def message(self, descriptor: Descriptor, depth: int = 0) -> Any:
         """A message of random values: each field absent, or set, whichever it is."""
         made = GetMessageClass(descriptor)()
-        share = self.rng.choice((0.2, 0.6, 0.9))
+        share = 0.9 if depth > 3 else self.rng.choice((0.2, 0.6, 0.9))  # deep ones are rare enough
         chosen = {self.rng.choice(one.fields).full_name for one in descriptor.oneofs}
         for field in descriptor.fields:
             allowed = field.containing_oneof is None or field.full_name in chosen

@@ -15,7 +15,7 @@ import torch
 from blake3 import blake3
 from google.protobuf.message import DecodeError
 
-from kvlink.compress.codec import decode
+from kvlink.agent.builder import Builder
 from kvlink.compress.lossless import unpack_part
 from kvlink.errors import KvlinkError
 from kvlink.payload import Fingerprint
@@ -26,7 +26,7 @@ from kvlink.v1 import wire_pb2 as pb
 from kvlink.wire.file import read_frames
 from kvlink.wire.inspect import describe, listing
 from kvlink.wire.messages import manifest_from_proto
-from kvlink.wire.session import Limits, ReceiveSession, SegmentReceived, TextReceived
+from kvlink.wire.session import GroupReceived, Limits, ReceiveSession, SegmentOpened
 from tests.wire.vectors import FOLDER, frames_of, make_vectors
 
 LIMITS = Limits(max_cache_bytes=4_000_000, max_text_bytes=1_000_000)
@@ -77,11 +77,11 @@ def header(data: bytes) -> None:
 
 
 def content(name: str, data: bytes) -> None:
-    """The joined parts of one kept vector: the selection map, scales and codes of its recipe."""
+    """The first group of one kept vector: its selection map, or scales and codes of its first layer."""
 
     def change(one: pb.Frame) -> None:
-        joined = one.chunk.data
-        one.chunk.data = (data + joined[len(data) :])[: len(joined)] if data else joined
+        joined = one.group.data
+        one.group.data = (data + joined[len(data) :])[: len(joined)] if data else joined
 
     _decode(frames_of(name), change, 2)
 
@@ -89,6 +89,7 @@ def content(name: str, data: bytes) -> None:
 def _decode(frames: list[bytes], change: Callable[[pb.Frame], object], at: int) -> None:
     """Change one frame, make checksums and digests right, and take the transfer to its cache."""
     digest, session = blake3(), ReceiveSession(LIMITS)
+    builders: list[Builder] = []
 
     def work() -> None:
         for number, valid in enumerate(frames):
@@ -96,18 +97,20 @@ def _decode(frames: list[bytes], change: Callable[[pb.Frame], object], at: int) 
             if number == at:
                 change(one)
             kind = one.WhichOneof("body")
-            if kind == "chunk":
-                one.chunk.crc32c = google_crc32c.value(one.chunk.data)
+            if kind in ("chunk", "group"):
+                getattr(one, kind).crc32c = google_crc32c.value(getattr(one, kind).data)
             elif kind in ("segment_end", "end"):
                 getattr(one, kind).digest = digest.digest()
             raw = one.SerializeToString()
             digest.update(raw)
             for event in session.receive(raw):
-                held = session.manifest
-                if isinstance(event, SegmentReceived) and held is not None:
-                    decode(event.segment, held.shape, held.recipe, make_vectors.known())
-                elif isinstance(event, TextReceived):
-                    unpack_part(event.part)
+                if isinstance(event, SegmentOpened):
+                    builders[:1] = [Builder(session.told().shape, lambda _: make_vectors.known())]
+                    builders[0].open(event.header)
+                elif isinstance(event, GroupReceived) and event.place.kind == "text":
+                    unpack_part(event.group.parts[0])
+                elif isinstance(event, GroupReceived):
+                    builders[0].add(event.place, event.group)
 
     _quietly(work)
 
@@ -142,7 +145,7 @@ def seeds(name: str) -> tuple[bytes, ...]:
     """Valid inputs to begin from."""
     if name.startswith("content-"):
         one = pb.Frame.FromString(frames_of(name.removeprefix("content-"))[2])
-        return (one.chunk.data,)
+        return (one.group.data,)
     files = [path.read_bytes() for path in sorted(FOLDER.glob("*.kvl"))]
     vectors = [frames_of(path.stem) for path in sorted(FOLDER.glob("*.kvl"))]
     return {

@@ -12,6 +12,7 @@ from blake3 import blake3
 from kvlink.v1 import wire_pb2 as pb
 from tests.fuzz.messages import Maker
 
+_DATA = ("group", "chunk")
 _DIGESTS = ("segment_end", "end")
 
 
@@ -66,14 +67,14 @@ def _slip(frames: list[pb.Frame], others: Sequence[bytes], maker: Maker) -> None
 
 
 def _changed(frame: pb.Frame, maker: Maker) -> pb.Frame:
-    """A frame whose body has other values: of a chunk mostly its data, of the others any field."""
+    """A frame whose body has other values: of a group or a chunk mostly its data, of the others any field."""
     made = pb.Frame()
     made.CopyFrom(frame)
     kind = made.WhichOneof("body")
     if kind is None:
         return made
     body = getattr(made, kind)
-    if kind == "chunk" and maker.rng.random() < 0.8:
+    if kind in _DATA and maker.rng.random() < 0.8:
         body.data = maker.damaged(body.data)
     else:
         body.CopyFrom(maker.changed(body))
@@ -90,8 +91,9 @@ def sealed(frames: Sequence[pb.Frame], rng: random.Random) -> list[bytes]:
         if numbers:
             one.sequence = number
         kind = one.WhichOneof("body")
-        if kind == "chunk" and sums:
-            one.chunk.crc32c = google_crc32c.value(one.chunk.data)
+        if kind in _DATA and sums:
+            held = getattr(one, kind)
+            held.crc32c = google_crc32c.value(held.data)
         elif kind in _DIGESTS and digests:
             getattr(one, kind).digest = digest.digest()
         made.append(one.SerializeToString())

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from kvlink.cache import KVCache
-from kvlink.compress.codec import decode, encode
 from kvlink.errors import UnsupportedCacheError
 from kvlink.model.generate import next_logits
 from kvlink.model.prefill import prefill, read_context, read_question
 from kvlink.model.restore import view
 from kvlink.recipe import Recipe
 from tests.conftest import ARCHITECTURES, random_ids
+from tests.segments import there_and_back
 
 CONTEXT, QUESTION = 100, 9
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.005}
@@ -30,8 +30,7 @@ def architecture(request) -> str:
 
 def travelled(cache: KVCache, recipe: str) -> KVCache:
     """The cache as the receiver has it."""
-    parsed = Recipe.parse(recipe)
-    return decode(encode(cache, parsed), cache.shape, parsed)
+    return there_and_back(cache, Recipe.parse(recipe))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -7,7 +7,7 @@ import torch
 from kvlink.cache import KVCache, LayerCache, full_positions
 from kvlink.compress.codec import encode
 from kvlink.compress.lossless import pack_part
-from kvlink.payload import Fingerprint, Prompt
+from kvlink.payload import Fingerprint, Prompt, Segment
 from kvlink.recipe import Recipe
 from kvlink.wire.messages import Manifest
 from kvlink.wire.session import SendSession
@@ -45,6 +45,11 @@ def make_transfer(
         context_digest=b"c" * 16,
         text_bytes=len(TEXT.encode()) if parsed.mode == "text" else 0,
     )
-    session = SendSession(manifest, chunk_bytes)
-    body = pack_part("text", TEXT.encode(), "zstd") if parsed.mode == "text" else encode(chosen, parsed)
-    return manifest, [session.open(), *session.segment(body), session.end()], chosen
+    if parsed.mode == "text":
+        segments = [Segment.of_text(pack_part("text", TEXT.encode(), "zstd"))]
+    else:
+        segments = [encode(chosen, parsed.codec, parsed.coder)]
+        if parsed.background is not None:
+            others = cache.without(torch.tensor(kept))
+            segments.append(encode(others, parsed.background, parsed.coder, rest=True))
+    return manifest, list(SendSession(manifest, chunk_bytes).transfer(segments)), chosen

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlink.compress.codec import decode
+from kvlink.agent.builder import restored
+from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import unpack_part
 from kvlink.errors import (
     IntegrityError,
@@ -23,13 +24,15 @@ from kvlink.errors import (
 from kvlink.v1 import wire_pb2 as pb
 from kvlink.wire.session import (
     TRANSITIONS,
+    GroupReceived,
     Limits,
     ManifestReceived,
     ReceiveSession,
-    SegmentReceived,
+    SegmentClosed,
+    SegmentOpened,
     SendSession,
-    TextReceived,
     TransferComplete,
+    read_transfer,
 )
 from tests.wire.samples import TEXT, make_transfer
 
@@ -45,29 +48,30 @@ def deliver(frames, limits=None):
 @pytest.mark.parametrize("kept", [None, (0, 1, 5, 23)])
 def test_what_is_sent_arrives(recipe, kept):
     manifest, frames, cache = make_transfer(recipe, kept)
-    (opened, segment, complete), session = deliver(frames)
+    (opened, header, *groups, closed, complete), session = deliver(frames)
     assert opened == ManifestReceived(manifest)
-    assert isinstance(segment, SegmentReceived)
-    assert complete == TransferComplete(1)
+    assert isinstance(header, SegmentOpened)
+    assert [one.place.kind for one in groups] == ["map"] * (kept is not None) + ["layer", "layer"]
+    assert (closed, complete) == (SegmentClosed(0), TransferComplete(1))
     assert session.state == "done"
     session.close()
-    restored = decode(segment.segment, manifest.shape, manifest.recipe)
-    assert restored.tokens == 24
-    assert [x.positions.tolist() for x in restored.layers] == [x.positions.tolist() for x in cache.layers]
+    found = restored(read_transfer(frames)[1], manifest.shape, lambda _: CodecContext())
+    assert found.tokens == 24
+    assert [x.positions.tolist() for x in found.layers] == [x.positions.tolist() for x in cache.layers]
 
 
 def test_a_text_arrives_as_text():
     manifest, frames, _ = make_transfer("text")
-    (_, text, _), _ = deliver(frames)
-    assert isinstance(text, TextReceived)
-    assert unpack_part(text.part).decode() == TEXT
+    (_, _, text, *_), _ = deliver(frames)
+    assert isinstance(text, GroupReceived)
+    assert unpack_part(text.group.parts[0]).decode() == TEXT
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 300, 100_000])
 def test_chunk_size_changes_frames_but_not_what_arrives(chunk_bytes):
     _, frames, _ = make_transfer("int4", chunk_bytes=chunk_bytes)
     _, reference, _ = make_transfer("int4")
-    assert deliver(frames)[0][1] == deliver(reference)[0][1]
+    assert deliver(frames)[0] == deliver(reference)[0]
 
 
 def test_a_cut_transfer_continues_at_the_next_sequence_number():
@@ -163,19 +167,19 @@ def _set(path, value):
 
 
 def _flip_data(message):
-    data = bytearray(message.chunk.data)
+    data = bytearray(message.group.data)
     data[len(data) // 2] ^= 1
-    message.chunk.data = bytes(data)
+    message.group.data = bytes(data)
 
 
 def _flip_and_fix_crc(message):
     import google_crc32c
 
     _flip_data(message)
-    message.chunk.crc32c = google_crc32c.value(message.chunk.data)
+    message.group.crc32c = google_crc32c.value(message.group.data)
 
 
-# frames: 0 manifest, 1 header, 2… chunks, -2 segment end, -1 end
+# frames: 0 manifest, 1 header, 2 first group, 3 its chunk, …, -2 segment end, -1 end
 HOSTILE = {
     "not protobuf": (lambda f: f.__setitem__(0, b"\xff" * 40), RemoteProtocolError, "frame 0: not a frame"),
     "empty frame": (lambda f: f.__setitem__(1, b""), RemoteProtocolError, "without a body"),
@@ -202,12 +206,24 @@ HOSTILE = {
     "bit flip in a chunk": (
         _at(2, _flip_data),
         IntegrityError,
-        "frame 2: chunk at offset 0: expected crc32c",
+        "frame 2: bytes at offset 0: expected crc32c",
     ),
     "bit flip with its crc mended": (_at(2, _flip_and_fix_crc), IntegrityError, "digest of all frames"),
     "offset moved": (_at(3, _set("chunk.offset", 5)), RemoteProtocolError, "expected offset 300, found 5"),
-    "empty chunk": (_at(2, _set("chunk.data", b"")), RemoteProtocolError, "empty chunk"),
-    "chunk too long": (_at(2, _set("chunk.data", b"x" * 9999)), RemoteProtocolError, "chunks bring more"),
+    "empty chunk": (_at(3, _set("chunk.data", b"")), RemoteProtocolError, "no bytes"),
+    "chunk too long": (_at(3, _set("chunk.data", b"x" * 9999)), RemoteProtocolError, "bytes, more come"),
+    "empty group": (_at(2, _set("group.data", b"")), RemoteProtocolError, "no bytes"),
+    "group too long": (_at(2, _set("group.data", b"x" * 9999)), RemoteProtocolError, "bytes, more come"),
+    "group before the one before is whole": (
+        lambda f: f.__setitem__(3, edit(f[2], _set("sequence", 3))),
+        RemoteProtocolError,
+        "before the one before it is whole",
+    ),
+    "segment ends early": (
+        lambda f: f.__setitem__(2, edit(f[-2], _set("sequence", 2))),
+        RemoteProtocolError,
+        "2 groups have not come",
+    ),
     "segment digest": (
         _at(-2, _set("segment_end.digest", b"\0" * 32)),
         IntegrityError,
@@ -286,34 +302,63 @@ HOSTILE = {
     "other recipe than coded": (
         _at(0, _set("manifest.recipe.codec.quantized.keys.bits", 8)),
         RemoteProtocolError,
-        "plain bytes",
+        "is not of the recipe",
     ),
     "segment index": (_at(1, _set("segment_header.index", 3)), RemoteProtocolError, "expected segment 0"),
     "text segment in kv": (
-        _at(1, _set("segment_header.kind", pb.SEGMENT_KIND_TEXT)),
+        _at(1, lambda m: (m.segment_header.text.SetInParent(), m.segment_header.ClearField("codec"))),
         RemoteProtocolError,
-        "SEGMENT_KIND_POSITIONS",
+        "adds text in a transfer of mode kv",
     ),
-    "keeps nothing": (_at(1, _set("segment_header.kept", 0)), RemoteProtocolError, "kept must be"),
-    "keeps too much": (_at(1, _set("segment_header.kept", 25)), RemoteProtocolError, "kept must be"),
-    "map sets": (_at(1, _set("segment_header.map_sets", 1)), RemoteProtocolError, "position sets"),
+    "adds nothing": (
+        _at(1, lambda m: m.segment_header.ClearField("positions")),
+        RemoteProtocolError,
+        "a segment adds positions, a refinement or a text",
+    ),
+    "no codec": (
+        _at(1, lambda m: m.segment_header.ClearField("codec")),
+        RemoteProtocolError,
+        "names its codec",
+    ),
+    "another codec than the recipe's": (
+        _at(1, _set("segment_header.codec.quantized.keys.bits", 8)),
+        RemoteProtocolError,
+        "is not of the recipe",
+    ),
+    "a refinement of nothing": (
+        _at(1, lambda m: setattr(m.segment_header.refinement, "kept", 3)),
+        RemoteProtocolError,
+        "kept must be",
+    ),
+    "sliding layers that are none": (
+        _at(1, _set("segment_header.positions.sliding", True)),
+        RemoteProtocolError,
+        "sliding window come in the first segment",
+    ),
+    "keeps nothing": (_at(1, _set("segment_header.positions.kept", 0)), RemoteProtocolError, "kept must be"),
+    "keeps too much": (
+        _at(1, _set("segment_header.positions.kept", 25)),
+        RemoteProtocolError,
+        "kept must be",
+    ),
+    "map sets": (_at(1, _set("segment_header.positions.map_sets", 1)), RemoteProtocolError, "position sets"),
     "scale widths": (
-        _at(1, _set("segment_header.scale_bytes", b"\3" * 4)),
+        _at(2, _set("group.scale_bytes", b"\3" * 2)),
         RemoteProtocolError,
         "scale widths",
     ),
     "a part too few": (
-        _at(1, lambda m: m.segment_header.parts.pop()),
+        _at(2, lambda m: m.group.parts.pop()),
         RemoteProtocolError,
-        "expected 8 parts, found 7",
+        "expected 4 parts, found 3",
     ),
     "a part too large": (
-        _at(1, lambda m: setattr(m.segment_header.parts[1], "coded_bytes", 2**60)),
+        _at(2, lambda m: setattr(m.group.parts[1], "coded_bytes", 2**60)),
         RemoteProtocolError,
         "coded ones",
     ),
     "unknown coder": (
-        _at(1, lambda m: setattr(m.segment_header.parts[1], "coder", 9)),
+        _at(2, lambda m: setattr(m.group.parts[1], "coder", 9)),
         RemoteProtocolError,
         "unknown coder 9",
     ),

@@ -10,33 +10,25 @@ import json
 
 import pytest
 
-from kvlink.compress.codec import decode
+from kvlink.agent.builder import restored
 from kvlink.compress.lossless import unpack_part
 from kvlink.errors import KvlinkError
 from kvlink.wire.file import read_frames, write_frames
 from kvlink.wire.inspect import describe, listing
-from kvlink.wire.session import ReceiveSession, SegmentReceived, TextReceived, diagram
+from kvlink.wire.session import ReceiveSession, diagram, read_transfer
 from tests.wire.vectors import FOLDER, ROOT, frames_of, make_vectors
 
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 
 
-def events(name: str):
-    session = ReceiveSession()
-    found = [event for frame in frames_of(name) for event in session.receive(frame)]
-    session.close()
-    return session.manifest, found
-
-
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_kept_vectors_decode_to_what_they_always_did(name):
-    manifest, found = events(name)
-    body = next(e for e in found if isinstance(e, SegmentReceived | TextReceived))
-    if isinstance(body, TextReceived):
-        assert unpack_part(body.part).decode() == EXPECTED[name]
+    manifest, segments = read_transfer(frames_of(name))
+    if manifest.mode == "text":
+        assert unpack_part(segments[0].groups[0].parts[0]).decode() == EXPECTED[name]
         return
-    restored = decode(body.segment, manifest.shape, manifest.recipe, make_vectors.known())
-    told = make_vectors.digest(restored, manifest.recipe)
+    cache = restored(segments, manifest.shape, lambda _: make_vectors.known())
+    told = make_vectors.digest(cache, manifest.recipe)
     if isinstance(told, float):
         assert told == pytest.approx(EXPECTED[name], rel=1e-3)
     else:

@@ -20,13 +20,11 @@ from kvlink.profile import Side as SideStatistics
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor stands: its layer and side, the positions of its rows, `[H, K]` int64, and where
-    two steps are used the positions of the finer one, `[K']`."""
+    """Where a tensor stands: its layer and side, and the positions of its rows, `[H, K]` int64."""
 
     layer: int
     side: Side
     positions: Tensor
-    fine: Tensor | None = None
 
 
 class KeyRotation(Protocol):

@@ -35,7 +35,7 @@ def encode(
         raise CodecError("a number is not finite: only raw and lossless carry it")
     if place.side == "keys":
         plain = context.rotation[place.layer].off(plain, place.positions)
-    codes = _row_codes(codec, place)
+    codes = _row_codes(codec, tensor.shape[1])
     shared = context.statistics(codec, place)
     if shared is not None:
         blocks = len(shared.synthesis)
@@ -65,7 +65,7 @@ def decode(
 ) -> Tensor:
     """Keys or values of `size` `[H, K, D]` in `kind`. Raises CodecError where the parts do not fit."""
     heads, kept, channels = size
-    codes = _row_codes(codec, place)
+    codes = _row_codes(codec, kept)
     shared, steps = context.statistics(codec, place), _from_code(codes)[None, :, None]
     if shared is not None:
         shape = (len(shared.synthesis), kept, heads * channels // len(shared.synthesis))
@@ -82,13 +82,9 @@ def decode(
     return narrowed(plain, kind).contiguous()
 
 
-def _row_codes(codec: Transform, place: Place) -> Tensor:
-    """4 · log2 of the step of each row `[K]`: the rest's where it is not among the fine ones."""
-    positions = place.positions[0]
-    own = torch.full((len(positions),), codec.step_code)
-    if place.fine is None or codec.rest_code is None:
-        return own
-    return torch.where(torch.isin(positions, place.fine), own, torch.tensor(codec.rest_code))
+def _row_codes(codec: Transform, rows: int) -> Tensor:
+    """4 · log2 of the step of each row `[K]`."""
+    return torch.full((rows,), codec.step_code)
 
 
 def _blocked(tensor: Tensor, blocks: int) -> Tensor:

@@ -1,0 +1,36 @@
+"""A cache to the segments of a recipe and back, without a model, a session or frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvlink.agent.builder import restored
+from kvlink.cache import KVCache
+from kvlink.compress.codec import encode
+from kvlink.compress.codecs import CodecContext
+from kvlink.payload import CacheShape, Segment
+from kvlink.recipe import Recipe
+
+
+def encoded(
+    cache: KVCache, recipe: Recipe, context: CodecContext | None = None, kept: torch.Tensor | None = None
+) -> list[Segment]:
+    """`cache` as it is; with `kept` `[K]` these positions, and where there is a background the others too."""
+    if kept is None:
+        return [encode(cache, recipe.codec, recipe.coder, context)]
+    out = [encode(cache.select(kept), recipe.codec, recipe.coder, context)]
+    if recipe.background is not None:
+        out.append(encode(cache.without(kept), recipe.background, recipe.coder, context, rest=True))
+    return out
+
+
+def decoded(segments: Sequence[Segment], shape: CacheShape, context: CodecContext | None = None) -> KVCache:
+    return restored(segments, shape, lambda _: context or CodecContext())
+
+
+def there_and_back(
+    cache: KVCache, recipe: Recipe, context: CodecContext | None = None, kept: torch.Tensor | None = None
+) -> KVCache:
+    return decoded(encoded(cache, recipe, context, kept), cache.shape, context)
