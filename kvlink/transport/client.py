@@ -28,7 +28,7 @@ from kvlink.transport.expected import Answered, Delivering, Pushing
 from kvlink.transport.status import from_rpc_error
 from kvlink.v1 import receiver_pb2, sender_pb2, wire_pb2
 from kvlink.wire.messages import TRANSFER_ID_BYTES
-from kvlink.wire.session import Limits, ReceiveSession
+from kvlink.wire.session import ReceiveSession
 
 
 def _wished(wish: Wish) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class SenderClient(Client):
         A stream that breaks goes on at the next frame. Raises what a receiving session raises: the first
         frame that is none ends it, and so does a stream without an end.
         """
-        session = ReceiveSession(Limits(max_segments=1), keep=False)
+        session = ReceiveSession(keep=False)
         request = convert.request(
             sender_pb2.FetchCacheRequest,
             context_id=fetch.context_id,

@@ -70,7 +70,7 @@ class Limits:
     max_context_tokens: int = 1_000_000
     max_frame_bytes: int = 4_000_000
     max_frames: int = 1_000_000
-    max_segments: int = 1024
+    max_segments: int = 64
     max_text_bytes: int = TEXT.most
 
 

@@ -10,8 +10,8 @@ from kvlink.agent.receiver import Intake, Receiver
 from kvlink.agent.sender import Sender, Transfer
 from kvlink.errors import IdentityError, KvlinkError, LimitError
 from kvlink.model.loading import LanguageModel, load, wrap
-from kvlink.payload import Part, Prompt, Turn
-from kvlink.wire.session import ReceiveSession, SendSession, TextReceived, segment_of
+from kvlink.payload import Prompt, Turn
+from kvlink.wire.session import SendSession, read_transfer
 
 TEXT = "Nothing is known here."
 QUESTION = "What does Jand Faris play?"
@@ -31,16 +31,7 @@ def models(tiny) -> dict[str, LanguageModel]:
 def framed_anew(transfer: Transfer, **changed) -> list[bytes]:
     """The transfer with another prompt, every checksum and digest made right."""
     manifest = replace(transfer.manifest, prompt=replace(transfer.manifest.prompt, **changed))
-    body: object
-    if manifest.mode == "text":
-        session = ReceiveSession()
-        events = [event for frame in transfer.frames for event in session.receive(frame)]
-        body = next(event.part for event in events if isinstance(event, TextReceived))
-        assert isinstance(body, Part)
-    else:
-        body = segment_of(transfer.frames)
-    out = SendSession(manifest)
-    return [out.open(), *out.segment(body), out.end()]
+    return list(SendSession(manifest).transfer(read_transfer(transfer.frames)[1]))
 
 
 FOREIGN = {
