@@ -228,7 +228,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class Target:
     """What a message should be like, beyond its recipe; 0 and False ask for nothing.
 
     `budget_bytes`: most bytes of the transfer. `max_bits`: most bits per element. `quality`: share of

@@ -1,4 +1,4 @@
-"""The commands that measure and choose: eval, profile, and pack with wishes, as processes."""
+"""The commands that measure and choose: eval, profile, and pack with targets, as processes."""
 
 from __future__ import annotations
 

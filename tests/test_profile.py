@@ -25,7 +25,7 @@ from kvlink.model.calibrate import build_profile, rotation, units
 from kvlink.model.loading import PROFILE_FILE, load, with_profile
 from kvlink.model.prefill import prefill
 from kvlink.profile import Profile
-from kvlink.recipe import Wish
+from kvlink.recipe import Target
 from tests.conftest import ARCHITECTURES
 
 TEXTS = [item.context for item in itertools.islice(generated(4, (6, 9)), 8)]
@@ -102,7 +102,7 @@ def test_every_architecture_travels_by_transform(random_lm, architecture, with_o
         found.append((transfer.receipt.bits_per_element, max(error)))
     assert found[0][0] > found[1][0], "a finer step costs more"
     assert found[0][1] < found[1][1], "and errs less"
-    fine = sender.pack(context, "Who leads it?", "transform=0.0312", Wish(verify=True)).receipt.certificate
+    fine = sender.pack(context, "Who leads it?", "transform=0.0312", Target(verify=True)).receipt.certificate
     assert fine.kl_mean < 1e-3
     assert fine.tokens >= fine.agreeing_tokens > 0
 

@@ -22,7 +22,7 @@ from kvlink.agent.uses import require_usable
 from kvlink.codecs import STEP_CODES, Transform
 from kvlink.errors import LimitError, RecipeError
 from kvlink.profile import Profile
-from kvlink.recipe import PLAIN_RECIPE, Amount, Recipe, Selection, Wish
+from kvlink.recipe import PLAIN_RECIPE, Amount, Recipe, Selection, Target
 
 if TYPE_CHECKING:
     from kvlink.agent.sender import Context, Look, Sender, Transfer
@@ -52,12 +52,12 @@ def with_quality(recipe: Recipe, profile: Profile | None, quality: float) -> Rec
     return with_step(recipe, transform_of(recipe, "a quality"), step_for(profile, quality))
 
 
-def automatic(profile: Profile | None, wish: Wish | None = None) -> Recipe:
+def automatic(profile: Profile | None, target: Target | None = None) -> Recipe:
     """What `auto` stands for: all positions, and a step that the model is known to bear.
 
-    Without a profile int8, unless the wish is one that only a step can meet.
+    Without a profile int8, unless the target is one that only a step can meet.
     """
-    if profile is None and not (wish and wish.needs_step):
+    if profile is None and not (target and target.needs_step):
         return Recipe.parse(PLAIN_RECIPE)
     return with_quality(Recipe(codec=Transform(0)), profile, AUTO_QUALITY)
 
@@ -78,7 +78,7 @@ def with_step(recipe: Recipe, codec: Transform, step_code: int) -> Recipe:
 
 
 class Packing:
-    """One context for one question within one wish. `run` packs as often as that takes.
+    """One context for one question within one target. `run` packs as often as that takes.
 
     Raises RecipeError, ContextError, LimitError.
     """
@@ -88,28 +88,28 @@ class Packing:
         sender: Sender,
         context: Context,
         question: str,
-        wish: Wish,
+        target: Target,
         transfer_id: bytes,
         look: Look | None = None,
     ) -> None:
         """`look`: what was seen for the recipe's selection already."""
         self._sender, self._context, self._question = sender, context, question
-        self._wish, self._transfer_id = wish, transfer_id
+        self._target, self._transfer_id = target, transfer_id
         self._look, self._looked_for = look, ""
 
     def run(self, recipe: Recipe) -> Transfer:
-        wish, self._looked_for = self._wish, recipe.selection.name if self._look else ""
-        if wish.quality:
-            recipe = with_quality(recipe, self._sender.lm.profile, wish.quality)
-        if wish.max_bits:
+        target, self._looked_for = self._target, recipe.selection.name if self._look else ""
+        if target.quality:
+            recipe = with_quality(recipe, self._sender.lm.profile, target.quality)
+        if target.max_bits:
             transfer = self._within_bits(recipe)
-        elif wish.budget_bytes and recipe.selection.method != "all":
-            transfer = self._choose(recipe, wish.budget_bytes)
+        elif target.budget_bytes and recipe.selection.method != "all":
+            transfer = self._choose(recipe, target.budget_bytes)
         else:
             transfer = self._pack(recipe)
-        if wish.budget_bytes and transfer.receipt.wire_bytes > wish.budget_bytes:
-            transfer = self._choose(transfer.manifest.recipe, wish.budget_bytes)
-        return self._verified(transfer) if wish.verify and recipe.mode == "kv" else transfer
+        if target.budget_bytes and transfer.receipt.wire_bytes > target.budget_bytes:
+            transfer = self._choose(transfer.manifest.recipe, target.budget_bytes)
+        return self._verified(transfer) if target.verify and recipe.mode == "kv" else transfer
 
     def _pack(self, recipe: Recipe) -> Transfer:
         """One recipe as it is; evidence is captured once for all steps and amounts of a selection."""
@@ -133,9 +133,9 @@ class Packing:
 
     def _within_bits(self, recipe: Recipe) -> Transfer:
         """The finest step of all whose transfer has at most so many bits an element."""
-        codec, most, wish = transform_of(recipe, "a number of bits"), self._wish.max_bits, self._wish
-        may_choose = recipe.selection.method == "all" and bool(self._question.strip()) and not wish.quality
-        coarsest = codec.step_code if wish.quality else _COARSEST_WHOLE if may_choose else STEP_CODES[1]
+        codec, most, target = transform_of(recipe, "a number of bits"), self._target.max_bits, self._target
+        may_choose = recipe.selection.method == "all" and bool(self._question.strip()) and not target.quality
+        coarsest = codec.step_code if target.quality else _COARSEST_WHOLE if may_choose else STEP_CODES[1]
         found = self._finest(recipe, codec, coarsest)
         if found is None and may_choose:
             budget_bytes = max(1, int(most * self._context.cache.shape.element_count / 8))
@@ -147,10 +147,10 @@ class Packing:
                 ) from None
         if found is None:
             least = self._pack(with_step(recipe, codec, coarsest)).receipt.bits_per_element
-            what = f"a quality of {wish.quality:g}" if wish.quality else f"the coarsest step of {recipe}"
+            what = f"a quality of {target.quality:g}" if target.quality else f"the coarsest step of {recipe}"
             ways = (
                 "ask for less of it"
-                if wish.quality
+                if target.quality
                 else "choose fewer positions, such as q2c+draft@0.1 transform=1"
             )
             raise LimitError(
@@ -163,7 +163,7 @@ class Packing:
         while low <= high:
             middle = (low + high) // 2
             found = self._pack(with_step(recipe, codec, middle))
-            if found.receipt.bits_per_element <= self._wish.max_bits:
+            if found.receipt.bits_per_element <= self._target.max_bits:
                 best, high = found, middle - 1
             else:
                 low = middle + 1
@@ -188,12 +188,12 @@ class Packing:
 
     def _require_met(self, transfer: Transfer) -> None:
         """What was made finer must still be as small as was asked. Raises LimitError."""
-        wish, got = self._wish, transfer.receipt
+        target, got = self._target, transfer.receipt
         asked = []
-        if wish.max_bits and got.bits_per_element > wish.max_bits:
-            asked.append(f"{wish.max_bits:g} bits an element")
-        if wish.budget_bytes and got.wire_bytes > wish.budget_bytes:
-            asked.append(f"{wish.budget_bytes} bytes")
+        if target.max_bits and got.bits_per_element > target.max_bits:
+            asked.append(f"{target.max_bits:g} bits an element")
+        if target.budget_bytes and got.wire_bytes > target.budget_bytes:
+            asked.append(f"{target.budget_bytes} bytes")
         if asked:
             raise LimitError(
                 f"no message of at most {' and '.join(asked)} passes the check: the first that does has "

@@ -40,7 +40,7 @@ from kvlink.model.restore import cache_shape
 from kvlink.model.template import Turn
 from kvlink.payload import Prompt, Segment, count_kinds
 from kvlink.receipt import Certificate, Receipt
-from kvlink.recipe import AUTO, DEFAULT_RECIPE, Amount, Recipe, Selection, Wish
+from kvlink.recipe import AUTO, DEFAULT_RECIPE, Amount, Recipe, Selection, Target
 from kvlink.transport.api import Explanation
 from kvlink.transport.client import grpc_bytes
 from kvlink.wire.file import Writable, write_frames
@@ -204,26 +204,26 @@ class Sender:
         context: Context,
         question: str,
         recipe: Recipe | str = DEFAULT_RECIPE,
-        wish: Wish | None = None,
+        target: Target | None = None,
         look: Look | None = None,
         transfer_id: bytes = b"",
     ) -> Transfer:
         """Reduce the context for `question` and frame it. `recipe`: `auto` too.
 
-        `wish`: what the message should be like, see `agent.adapt`.
+        `target`: what the message should be like, see `agent.adapt`.
         `look`: what `look` gave for this question and method, where several recipes share it.
         `transfer_id`: 16 bytes; random where none are given.
-        Raises RecipeError, ContextError, LimitError (nothing meets the wish; it says what the least is).
+        Raises RecipeError, ContextError, LimitError (nothing meets the target; it says what the least is).
         """
-        wish, name = wish or Wish(), transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES)
-        recipe = self.recipe(recipe, wish) if isinstance(recipe, str) else recipe
-        return Packing(self, context, question, wish, name, look).run(recipe)
+        target, name = target or Target(), transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES)
+        recipe = self.recipe(recipe, target) if isinstance(recipe, str) else recipe
+        return Packing(self, context, question, target, name, look).run(recipe)
 
-    def recipe(self, text: str, wish: Wish | None = None) -> Recipe:
+    def recipe(self, text: str, target: Target | None = None) -> Recipe:
         """The recipe that a text stands for, `auto` included. Raises RecipeError, where the model cannot
         serve it too."""
         profile = None if "transform" in self.lm.traits.refused else self.lm.profile
-        found = automatic(profile, wish or Wish()) if text == AUTO else Recipe.parse(text)
+        found = automatic(profile, target or Target()) if text == AUTO else Recipe.parse(text)
         require_usable(self.lm, found)
         return found
 

@@ -44,7 +44,7 @@ from kvlink.errors import (
 from kvlink.model.template import Turn
 from kvlink.observe import Observer
 from kvlink.receipt import Capabilities
-from kvlink.recipe import AUTO, Recipe, Wish
+from kvlink.recipe import AUTO, Recipe, Target
 from kvlink.transport.address import Address
 from kvlink.transport.api import NOBODY, Caller, Delivery, Explanation, Fetch, Progress, Published, PushStatus
 from kvlink.transport.client import CONNECT_S, ReceiverClient
@@ -125,11 +125,11 @@ class SenderService:
         self._check_length("the question", fetch.question)
         if fetch.next_sequence and await to_thread(self.outbox.peek, key, caller.name) is None:
             raise NotFoundError("the transfer is not here any more; fetch again from frame 0")
-        chosen = self._recipe(fetch.recipe, fetch.wish)
+        chosen = self._recipe(fetch.recipe, fetch.target)
         with self.store.lease(fetch.context_id, caller.name) as context:
 
             async def pack() -> Transfer:
-                return await self._pack(context, fetch.question, chosen, fetch.wish, key, caller)
+                return await self._pack(context, fetch.question, chosen, fetch.target, key, caller)
 
             packed = await self.outbox.get(key, caller, _digest(replace(fetch, next_sequence=0)), pack)
         try:
@@ -148,7 +148,7 @@ class SenderService:
         delivery = replace(delivery, receiver=self._allow(delivery.receiver))
         self._check_length("the question", delivery.question)
         self._check_length("the context", delivery.text)
-        recipe = self._recipe(delivery.recipe, delivery.wish)
+        recipe = self._recipe(delivery.recipe, delivery.target)
         if delivery.explain and delivery.context_id:
             raise AccessError(
                 "only who sends the text is told what was chosen of it; a handle does not show it"
@@ -162,7 +162,7 @@ class SenderService:
 
             async def pack() -> Transfer:
                 context = await contexts.get()
-                found = await self._pack(context, delivery.question, recipe, delivery.wish, key, caller)
+                found = await self._pack(context, delivery.question, recipe, delivery.target, key, caller)
                 return replace(found, receipt=found.receipt.with_stages(prefill=contexts.prefill_s))
 
             packed = await self.outbox.get(key, caller, _digest(delivery), pack)
@@ -289,13 +289,13 @@ class SenderService:
                 await asyncio.sleep(pause_s)
 
     async def _pack(
-        self, context: Context, question: str, recipe: Recipe, wish: Wish, key: bytes, caller: Caller
+        self, context: Context, question: str, recipe: Recipe, target: Target, key: bytes, caller: Caller
     ) -> Transfer:
         with (
             await self._work.enter(caller.account),
             self.observer.span("pack", caller.trace, transfer=key.hex()) as span,
         ):
-            found = await to_thread(self._sender.pack, context, question, recipe, wish, None, key)
+            found = await to_thread(self._sender.pack, context, question, recipe, target, None, key)
             for line in found.receipt.warnings:
                 log.warning("%s", line, extra={"transfer": found.receipt.transfer_id})
             span.attributes |= {"recipe": found.receipt.recipe, "wire_bytes": found.receipt.wire_bytes}
@@ -350,11 +350,11 @@ class SenderService:
         self._prefill_tokens_per_s = context.cache.tokens / max(context.prefill_s, 1e-9)
         return context
 
-    def _recipe(self, text: str, wish: Wish) -> Recipe:
+    def _recipe(self, text: str, target: Target) -> Recipe:
         """The caller's recipe or the default one. Raises RecipeError, AccessError."""
-        recipe = self._sender.recipe(text or self.settings.default_recipe, wish)
-        if not text and wish.needs_step and not isinstance(recipe.codec, Transform):
-            recipe = self._sender.recipe(AUTO, wish)  # nobody named what cannot meet it
+        recipe = self._sender.recipe(text or self.settings.default_recipe, target)
+        if not text and target.needs_step and not isinstance(recipe.codec, Transform):
+            recipe = self._sender.recipe(AUTO, target)  # nobody named what cannot meet it
         if recipe.selection.press and not self.settings.presses:
             raise AccessError(f"{recipe.selection.name}: this sender imports no kvpress for its callers")
         return recipe

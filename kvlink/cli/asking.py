@@ -38,7 +38,7 @@ from kvlink.cli.options import (
 )
 from kvlink.defaults import CALL_S, MODEL, RECEIVER, SENDER
 from kvlink.files import Output
-from kvlink.recipe import Wish
+from kvlink.recipe import Target
 from kvlink.terminal import note, progress, say, say_json, say_text
 
 
@@ -112,7 +112,7 @@ def ask(
         recipe=recipe,
         context_id=at.context_id,
         text=read_context(context) if context else "",
-        wish=Wish(budget or 0, bits or 0.0, quality or 0.0, verify),
+        target=Target(budget or 0, bits or 0.0, quality or 0.0, verify),
         answer_here=True,
         explain=report is not None,
     )

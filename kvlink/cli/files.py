@@ -39,7 +39,7 @@ from kvlink.defaults import ATTENTION, DEVICE, DTYPE, MODEL, NEW_TOKENS, SENDER
 from kvlink.files import Output
 from kvlink.quoting import shown
 from kvlink.receipt import warnings_of
-from kvlink.recipe import DEFAULT_RECIPE, Wish
+from kvlink.recipe import DEFAULT_RECIPE, Target
 from kvlink.terminal import note, say, say_json, say_text
 
 KvlFile = Annotated[Path, typer.Argument(parser=File(), metavar="FILE", help="A .kvl file.")]
@@ -125,7 +125,7 @@ def fetch(
 
     target = Output(out)
     at, proof = Handle.parse(handle), credentials(creds, insecure)
-    wanted = Fetch(at.context_id, question, recipe, Wish(budget or 0, bits or 0.0, quality or 0.0, verify))
+    wanted = Fetch(at.context_id, question, recipe, Target(budget or 0, bits or 0.0, quality or 0.0, verify))
 
     async def work(sink: Writable) -> tuple[bytes, int, int]:
         first, count, size = b"", 0, write_frames((), sink)
@@ -161,20 +161,22 @@ def pack(
     """Read a context here and keep the transfer as a .kvl file."""
     from kvlink.show import receipt_dict, say_certificate
 
-    target = Output(out, reads=(context, model))
+    output = Output(out, reads=(context, model))
     text = read_context(context)
-    wished = Wish(budget or 0, bits or 0.0, quality or 0.0, verify)
+    target = Target(budget or 0, bits or 0.0, quality or 0.0, verify)
     from kvlink.agent.sender import Sender
 
     quiet()
     source = Sender(model, device=device, dtype=dtype, attention=attention, template_options=template_options)
-    asked = source.recipe(recipe)  # a recipe that this model cannot serve is refused before the reading
-    transfer = source.pack(source.read(text), question, asked, wished)
-    with target.open() as sink:
+    asked = source.recipe(
+        recipe, target
+    )  # a recipe that this model cannot serve is refused before the reading
+    transfer = source.pack(source.read(text), question, asked, target)
+    with output.open() as sink:
         count = transfer.write(sink)
-    _wrote(target, count, as_json, receipt_dict(transfer.receipt))
+    _wrote(output, count, as_json, receipt_dict(transfer.receipt))
     warn(transfer.receipt.recipe)
-    if not as_json and not target.is_standard_output:
+    if not as_json and not output.is_standard_output:
         say_certificate(transfer.receipt)
 
 

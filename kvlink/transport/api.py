@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from kvlink.receipt import Capabilities, Receipt
-from kvlink.recipe import Wish
+from kvlink.recipe import Target
 
 PushState = Literal["accepted", "durable", "complete", "failed", "cancelled"]
 TERMINAL: tuple[PushState, ...] = ("complete", "failed", "cancelled")
@@ -77,7 +77,7 @@ class Delivery:
     text: str = ""
     answer_here: bool = False
     explain: bool = False
-    wish: Wish = field(default_factory=Wish)
+    target: Target = field(default_factory=Target)
     delivery_id: bytes = b""
 
 
@@ -89,7 +89,7 @@ class Fetch:
     context_id: str
     question: str = ""
     recipe: str = ""
-    wish: Wish = field(default_factory=Wish)
+    target: Target = field(default_factory=Target)
     transfer_id: bytes = b""
     next_sequence: int = 0
 

@@ -18,7 +18,6 @@ import grpc
 
 from kvlink.bounds import MESSAGE
 from kvlink.errors import KvlinkError, LimitError, PeerUnavailableError, RemoteProtocolError
-from kvlink.recipe import Wish
 from kvlink.transport import convert
 from kvlink.transport.api import Ask, Delivery, Fetch, Piece, Progress, Published, PushStatus
 from kvlink.transport.channel import CONNECT_S as CONNECT_S
@@ -29,11 +28,6 @@ from kvlink.transport.status import from_rpc_error
 from kvlink.v1 import receiver_pb2, sender_pb2, wire_pb2
 from kvlink.wire.messages import TRANSFER_ID_BYTES
 from kvlink.wire.session import ReceiveSession
-
-
-def _wished(wish: Wish) -> dict[str, Any]:
-    """The fields of a request that carry a wish."""
-    return {name: getattr(wish, name) for name in ("budget_bytes", "max_bits", "quality", "verify")}
 
 
 class ReceiverClient(Client):
@@ -207,9 +201,9 @@ class SenderClient(Client):
             question=fetch.question,
             recipe=fetch.recipe,
             transfer_id=fetch.transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES),
-            **_wished(fetch.wish),
+            target=convert.target_to_proto(fetch.target),
         )
-        left = fetch.wish.budget_bytes or sys.maxsize
+        left = fetch.target.budget_bytes or sys.maxsize
 
         def frames() -> AsyncGenerator[bytes, None]:
             return self._messages("FetchCache", request, beats=False)  # a frame has no room for signs of life
@@ -261,7 +255,7 @@ class SenderClient(Client):
             sender_pb2.DeliverCacheRequest,
             question=delivery.question,
             recipe=delivery.recipe,
-            **_wished(delivery.wish),
+            target=convert.target_to_proto(delivery.target),
             receiver=delivery.receiver,
             answer_here=delivery.answer_here,
             explain=delivery.explain,

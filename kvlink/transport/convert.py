@@ -6,16 +6,19 @@ Does not know: sockets, agents. Place on the path: just inside the services.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import fields
+from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
 
 from kvlink.errors import ConfigError, RemoteProtocolError
 from kvlink.receipt import Capabilities, Certificate, Receipt
+from kvlink.recipe import Target
 from kvlink.texts import whole
 from kvlink.transport.address import check_advertised
 from kvlink.transport.api import Explanation, PushState, PushStatus
 from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
+from kvlink.wire.mapping import read
 from kvlink.wire.messages import (
     fingerprint_from_proto,
     fingerprint_to_proto,
@@ -50,6 +53,16 @@ def request(kind: Callable[..., M], **fields: Any) -> M:
             except (ValueError, TypeError) as why:
                 raise ConfigError(f"{what} cannot be sent: {why}") from error
         raise ConfigError(f"a request cannot be sent: {error}") from error
+
+
+def target_to_proto(target: Target) -> common_pb2.Target:
+    """Raises ConfigError for one that no message can hold."""
+    return request(common_pb2.Target, **{field.name: getattr(target, field.name) for field in fields(Target)})
+
+
+def target_from_proto(message: common_pb2.Target) -> Target:
+    """Raises RecipeError where it asks for what cannot be."""
+    return cast(Target, read(message, Target))
 
 
 def receipt_to_proto(receipt: Receipt) -> common_pb2.Receipt:

@@ -25,7 +25,6 @@ from grpc_reflection.v1alpha import reflection
 
 from kvlink.bounds import MESSAGE
 from kvlink.errors import ConfigError
-from kvlink.recipe import Wish
 from kvlink.transport import convert
 from kvlink.transport.address import Address
 from kvlink.transport.api import Ask, Caller, Delivery, Fetch, ReceiverHandler, SenderHandler
@@ -60,10 +59,6 @@ _OPTIONS = [
     ("grpc.max_connection_age_ms", 1_800_000),  # a peer whose certificate has expired must come again
     ("grpc.http2.lookahead_bytes", 4_000_000),  # a window for a fast line with a long way
 ]
-
-
-def _wish(request: Any) -> Wish:
-    return Wish(request.budget_bytes, request.max_bits, request.quality, request.verify)
 
 
 class _Agent:
@@ -147,7 +142,7 @@ class _Sender(_Agent):
             request.context_id,
             request.question,
             request.recipe,
-            _wish(request),
+            convert.target_from_proto(request.target),
             request.transfer_id,
             request.next_sequence,
         )
@@ -163,7 +158,7 @@ class _Sender(_Agent):
             recipe=request.recipe,
             context_id=request.context_id,
             text=request.text,
-            wish=_wish(request),
+            target=convert.target_from_proto(request.target),
             answer_here=request.answer_here,
             explain=request.explain,
             delivery_id=request.delivery_id,

@@ -116,58 +116,42 @@ class UnpublishContextResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class FetchCacheRequest(_message.Message):
-    __slots__ = ("context_id", "question", "recipe", "budget_bytes", "deadline_s", "base_digest", "transfer_id", "next_sequence", "verify", "max_bits", "quality")
+    __slots__ = ("context_id", "question", "recipe", "target", "transfer_id", "next_sequence")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     QUESTION_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
-    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
-    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
-    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
-    VERIFY_FIELD_NUMBER: _ClassVar[int]
-    MAX_BITS_FIELD_NUMBER: _ClassVar[int]
-    QUALITY_FIELD_NUMBER: _ClassVar[int]
     context_id: str
     question: str
     recipe: str
-    budget_bytes: int
-    deadline_s: float
-    base_digest: bytes
+    target: _common_pb2.Target
     transfer_id: bytes
     next_sequence: int
-    verify: bool
-    max_bits: float
-    quality: float
-    def __init__(self, context_id: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., deadline_s: _Optional[float] = ..., base_digest: _Optional[bytes] = ..., transfer_id: _Optional[bytes] = ..., next_sequence: _Optional[int] = ..., verify: bool = ..., max_bits: _Optional[float] = ..., quality: _Optional[float] = ...) -> None: ...
+    def __init__(self, context_id: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., target: _Optional[_Union[_common_pb2.Target, _Mapping]] = ..., transfer_id: _Optional[bytes] = ..., next_sequence: _Optional[int] = ...) -> None: ...
 
 class DeliverCacheRequest(_message.Message):
-    __slots__ = ("context_id", "text", "question", "recipe", "budget_bytes", "receiver", "answer_here", "explain", "verify", "max_bits", "quality", "delivery_id")
+    __slots__ = ("context_id", "text", "question", "recipe", "target", "receiver", "answer_here", "explain", "delivery_id")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     QUESTION_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
-    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
     RECEIVER_FIELD_NUMBER: _ClassVar[int]
     ANSWER_HERE_FIELD_NUMBER: _ClassVar[int]
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
-    VERIFY_FIELD_NUMBER: _ClassVar[int]
-    MAX_BITS_FIELD_NUMBER: _ClassVar[int]
-    QUALITY_FIELD_NUMBER: _ClassVar[int]
     DELIVERY_ID_FIELD_NUMBER: _ClassVar[int]
     context_id: str
     text: str
     question: str
     recipe: str
-    budget_bytes: int
+    target: _common_pb2.Target
     receiver: str
     answer_here: bool
     explain: bool
-    verify: bool
-    max_bits: float
-    quality: float
     delivery_id: bytes
-    def __init__(self, context_id: _Optional[str] = ..., text: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., receiver: _Optional[str] = ..., answer_here: bool = ..., explain: bool = ..., verify: bool = ..., max_bits: _Optional[float] = ..., quality: _Optional[float] = ..., delivery_id: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, context_id: _Optional[str] = ..., text: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., target: _Optional[_Union[_common_pb2.Target, _Mapping]] = ..., receiver: _Optional[str] = ..., answer_here: bool = ..., explain: bool = ..., delivery_id: _Optional[bytes] = ...) -> None: ...
 
 class CancelDeliveryRequest(_message.Message):
     __slots__ = ("delivery_id",)

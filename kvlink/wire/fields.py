@@ -63,13 +63,6 @@ CAPABILITIES: Rules = {
     "address": Words(320, r"[\x21-\x7e]*", "printable ASCII without blanks"),
 }
 
-_TARGET: Rules = {
-    "budget_bytes": _SIZE,
-    "verify": Known(),
-    "max_bits": Number(0, 1e6),
-    "quality": Number(0, 1),
-}
-
 FIELDS: dict[str, Rules] = {
     # common.proto
     "Capabilities": CAPABILITIES,
@@ -99,6 +92,9 @@ FIELDS: dict[str, Rules] = {
         "logit_error": Number(0, 1e9),
         "escalations": Whole(0, 1000),
         "seconds": _SECONDS,
+    },
+    "Target": {
+        "budget_bytes": _SIZE, "max_bits": Number(0, 1e6), "quality": Number(0, 1), "verify": Known(),
     },
     "GetCapabilitiesRequest": {},
     "GetCapabilitiesResponse": {"capabilities": Inner()},
@@ -142,11 +138,9 @@ FIELDS: dict[str, Rules] = {
         "context_id": _ID,
         "question": Words(TEXT.most),
         "recipe": Words(RECIPE.most),
-        "deadline_s": _SECONDS,
-        "base_digest": _TRANSFER_OR_NONE,
         "transfer_id": _TRANSFER_OR_NONE,
         "next_sequence": _COUNT,
-        **_TARGET,
+        "target": Inner(),
     },
     "DeliverCacheRequest": {
         "context_id": _ID,
@@ -157,7 +151,7 @@ FIELDS: dict[str, Rules] = {
         "answer_here": Known(),
         "explain": Known(),
         "delivery_id": _TRANSFER_OR_NONE,
-        **_TARGET,
+        "target": Inner(),
     },
     "CancelDeliveryRequest": {"delivery_id": _TRANSFER},
     "CancelDeliveryResponse": {},

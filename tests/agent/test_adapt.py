@@ -22,7 +22,7 @@ from kvlink.codecs import Quantized
 from kvlink.errors import IdentityError, LimitError, RecipeError
 from kvlink.eval.questions import generated
 from kvlink.model.generate import answer
-from kvlink.recipe import DEFAULT_RECIPE, Recipe, Wish
+from kvlink.recipe import DEFAULT_RECIPE, Recipe, Target
 from kvlink.show import receipt_dict
 from kvlink.transport.api import Caller, Delivery
 from kvlink.transport.client import ReceiverClient, SenderClient
@@ -76,16 +76,16 @@ def test_the_default_is_auto_wherever_one_stands(tiny, context):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "wish"),
+    ("recipe", "target"),
     [
-        ("transform=1", Wish()),
-        ("auto", Wish(max_bits=4)),
-        ("auto", Wish(quality=0.9)),
-        ("transform=1 basis=own", Wish()),
+        ("transform=1", Target()),
+        ("auto", Target(max_bits=4)),
+        ("auto", Target(quality=0.9)),
+        ("transform=1 basis=own", Target()),
     ],
 )
-def test_a_transform_that_nobody_measured_says_so_in_its_receipt(plain, context, recipe, wish):
-    receipt = plain.pack(context, ITEM.question, recipe, wish).receipt
+def test_a_transform_that_nobody_measured_says_so_in_its_receipt(plain, context, recipe, target):
+    receipt = plain.pack(context, ITEM.question, recipe, target).receipt
     (warning,) = receipt.warnings
     assert "--verify" in warning
     assert "kvlink profile build" in warning
@@ -93,7 +93,7 @@ def test_a_transform_that_nobody_measured_says_so_in_its_receipt(plain, context,
 
 
 def test_what_was_measured_warns_of_nothing(sender, context):
-    receipt = sender.pack(context, ITEM.question, "auto", Wish(max_bits=4)).receipt
+    receipt = sender.pack(context, ITEM.question, "auto", Target(max_bits=4)).receipt
     assert receipt.warnings == ()
     assert "warnings" not in receipt_dict(receipt)
 
@@ -109,9 +109,9 @@ def test_steps_follow_what_was_measured(tiny):
 
 @pytest.mark.parametrize("bits", [0.8, 1.5, 3.0])
 def test_bits_are_the_most_that_a_message_has_and_are_used(sender, context, bits):
-    found = sender.pack(context, ITEM.question, "transform=1", Wish(max_bits=bits)).receipt.bits_per_element
+    found = sender.pack(context, ITEM.question, "transform=1", Target(max_bits=bits)).receipt.bits_per_element
     assert 0.75 * bits < found <= bits
-    selected = sender.pack(context, ITEM.question, "q2c@0.5 transform=1", Wish(max_bits=bits))
+    selected = sender.pack(context, ITEM.question, "q2c@0.5 transform=1", Target(max_bits=bits))
     assert selected.receipt.bits_per_element <= bits
     assert selected.manifest.recipe.codec.step_code < 0 or bits < 1
 
@@ -119,9 +119,9 @@ def test_bits_are_the_most_that_a_message_has_and_are_used(sender, context, bits
 def test_a_budget_takes_all_positions_where_they_fit_and_chooses_where_not(sender, context):
     whole = sender.pack(context, ITEM.question, "transform=1")
     size = whole.receipt.wire_bytes
-    roomy = sender.pack(context, ITEM.question, "transform=1", Wish(budget_bytes=size))
+    roomy = sender.pack(context, ITEM.question, "transform=1", Target(budget_bytes=size))
     assert roomy.receipt.kept_tokens == context.cache.tokens
-    tight = sender.pack(context, ITEM.question, "transform=1", Wish(budget_bytes=size // 3))
+    tight = sender.pack(context, ITEM.question, "transform=1", Target(budget_bytes=size // 3))
     assert 0.7 * size / 3 < tight.receipt.wire_bytes <= size // 3
     assert tight.receipt.kept_tokens < context.cache.tokens
 
@@ -149,7 +149,7 @@ def test_a_message_that_does_not_pass_is_made_finer_until_it_does(tiny, sender, 
     for recipe in ("int1", "transform=64", "streaming@12tok int8", "svd=1 int8"):
         bare = sender.certify(context, ITEM.question, sender.pack(context, ITEM.question, recipe))
         assert not bare.passed, recipe
-        transfer = sender.pack(context, ITEM.question, recipe, Wish(verify=True))
+        transfer = sender.pack(context, ITEM.question, recipe, Target(verify=True))
         found = transfer.receipt.certificate
         assert found.passed, recipe
         assert found.escalations > 0
@@ -168,79 +168,79 @@ def test_recipes_grow_finer_to_the_whole_cache():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "wish", "error", "message"),
+    ("recipe", "target", "error", "message"),
     [
-        ("int4", Wish(max_bits=2), RecipeError, "a number of bits needs a recipe with a step"),
-        ("int4", Wish(quality=0.9), RecipeError, "a quality needs a recipe with a step"),
-        ("transform=1", Wish(quality=2), RecipeError, "quality must be above 0 and at most 1"),
+        ("int4", Target(max_bits=2), RecipeError, "a number of bits needs a recipe with a step"),
+        ("int4", Target(quality=0.9), RecipeError, "a quality needs a recipe with a step"),
+        ("transform=1", Target(quality=2), RecipeError, "quality must be above 0 and at most 1"),
         (
             "int8",
-            Wish(max_bits=2),
+            Target(max_bits=2),
             RecipeError,
             "a number of bits needs a recipe with a step: .*got all keys=int8",
         ),
-        ("text", Wish(quality=0.9), RecipeError, "a quality needs .* got text"),
+        ("text", Target(quality=0.9), RecipeError, "a quality needs .* got text"),
         (
             "text",
-            Wish(budget_bytes=500),
+            Target(budget_bytes=500),
             LimitError,
             r"the text takes \d{3,} bytes, more than the budget of 500",
         ),
         (
             "transform=1",
-            Wish(max_bits=0.0001),
+            Target(max_bits=0.0001),
             LimitError,
             r"at most 0.0001 bits .* the smallest transfer takes \d+",
         ),
         (
             "q2c@0.5 transform=1",
-            Wish(max_bits=0.0001),
+            Target(max_bits=0.0001),
             LimitError,
             r"takes 0\.\d+ bits an element, more than the 0.0001",
         ),
         (
             "auto",
-            Wish(max_bits=0.5, quality=0.99),
+            Target(max_bits=0.5, quality=0.99),
             LimitError,
             r"a quality of 0.99 takes [0-9.]+ bits an element",
         ),
-        ("transform=1", Wish(budget_bytes=500), LimitError, "no cache fits 500 bytes"),
+        ("transform=1", Target(budget_bytes=500), LimitError, "no cache fits 500 bytes"),
     ],
 )
-def test_wishes_that_cannot_be_met_are_refused(sender, context, recipe, wish, error, message):
+def test_targets_that_cannot_be_met_are_refused(sender, context, recipe, target, error, message):
     with pytest.raises(error, match=message):
-        sender.pack(context, ITEM.question, recipe, wish)
+        sender.pack(context, ITEM.question, recipe, target)
 
 
-WISHES = [
-    Wish(budget, bits, quality, verify)
+TARGETS = [
+    Target(budget, bits, quality, verify)
     for budget in (0, 4_000) for bits in (0.0, 0.3, 3.0) for quality in (0.0, 0.9) for verify in (False, True)
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("wish", WISHES, ids=str)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("measured", [True, False], ids=["profile", "no profile"])
 @pytest.mark.parametrize("question", [ITEM.question, ""], ids=["question", "no question"])
 def test_wishes_alone_and_together_are_met_by_the_default_or_refused_with_the_least(
-    sender, plain, context, measured, question, wish
+    sender, plain, context, measured, question, target
 ):
-    if wish.verify and not question:
+    if target.verify and not question:
         pytest.skip("nothing to check: refused as a missing question")
     try:
-        transfer = (sender if measured else plain).pack(context, question, DEFAULT_RECIPE, wish)
+        transfer = (sender if measured else plain).pack(context, question, DEFAULT_RECIPE, target)
     except LimitError as error:
         transfer, refusal = None, str(error)
     if transfer is None:
-        asked = [f"{wish.max_bits:g} " if wish.max_bits else "", str(wish.budget_bytes or "")]
+        asked = [f"{target.max_bits:g} " if target.max_bits else "", str(target.budget_bytes or "")]
         assert any(word and word in refusal for word in asked)
         assert re.search(r"takes \d|has \d+ bytes", refusal), "what the least is"
         return
     receipt, recipe = transfer.receipt, transfer.manifest.recipe
-    assert not wish.max_bits or receipt.bits_per_element <= wish.max_bits
-    assert not wish.budget_bytes or receipt.wire_bytes <= wish.budget_bytes
-    assert not wish.verify or receipt.certificate.passed
-    if wish.quality and recipe.selection.method == "all" and recipe.codec != Quantized():
-        assert recipe.codec.step_code <= step_for(sender.lm.profile if measured else None, wish.quality)
+    assert not target.max_bits or receipt.bits_per_element <= target.max_bits
+    assert not target.budget_bytes or receipt.wire_bytes <= target.budget_bytes
+    assert not target.verify or receipt.certificate.passed
+    if target.quality and recipe.selection.method == "all" and recipe.codec != Quantized():
+        assert recipe.codec.step_code <= step_for(sender.lm.profile if measured else None, target.quality)
     assert bool(receipt.warnings) is ("basis=own" in receipt.recipe)
 
 
@@ -249,7 +249,7 @@ async def test_over_the_wire_too_and_in_the_senders_log(pair, caplog):
     assert silent.receipt.warnings == ()
     assert "int8" in silent.receipt.recipe
     with caplog.at_level("WARNING", logger="kvlink"):
-        told = await pair.deliver("", wish=Wish(max_bits=6))
+        told = await pair.deliver("", target=Target(max_bits=6))
     (warning,) = told.receipt.warnings
     assert [record.getMessage() for record in caplog.records] == [warning]
     assert caplog.records[0].transfer == told.receipt.transfer_id
@@ -258,21 +258,21 @@ async def test_over_the_wire_too_and_in_the_senders_log(pair, caplog):
 async def test_an_operators_default_that_has_no_step_gives_way_to_a_wish_for_one(pair):
     pair.sender.settings = replace(pair.sender.settings, default_recipe="int4")
     assert "int4" in (await pair.deliver("")).receipt.recipe
-    assert (await pair.deliver("", wish=Wish(max_bits=3))).receipt.bits_per_element <= 3
+    assert (await pair.deliver("", target=Target(max_bits=3))).receipt.bits_per_element <= 3
     with pytest.raises(RecipeError, match="got all keys=int4"):
-        await pair.deliver("int4", wish=Wish(max_bits=3))
+        await pair.deliver("int4", target=Target(max_bits=3))
 
 
 def test_a_rest_is_never_finer_than_a_step_that_bits_ask_for(sender, context):
     recipe = "q2c+draft@0.25 transform=0.5 rest=2"
-    transfer = sender.pack(context, ITEM.question, recipe, Wish(max_bits=0.8))
+    transfer = sender.pack(context, ITEM.question, recipe, Target(max_bits=0.8))
     assert transfer.receipt.bits_per_element <= 0.8
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
 def test_wishes_are_numbers(value):
     with pytest.raises(RecipeError, match="max_bits must be a number"):
-        Wish(max_bits=value)
+        Target(max_bits=value)
 
 
 @pytest.fixture
@@ -305,10 +305,10 @@ async def test_a_profile_travels_once_to_a_receiver_that_lacks_it(tiny, stranger
 
     receiver.put_profile = counting
     for _ in range(2):
-        wish = Wish(verify=True)
         delivery = Delivery(
-            target.address, ITEM.question, "transform=1", text=ITEM.context, answer_here=True, wish=wish
-        )
+            target.address, ITEM.question, "transform=1", text=ITEM.context, answer_here=True,
+            target=Target(verify=True),
+        )  # fmt: skip
         async for progress in source.deliver(delivery):
             last = progress
         assert tiny.profile.digest.hex() in last.receipt.recipe

@@ -28,7 +28,7 @@ from kvlink.errors import (
 )
 from kvlink.model.loading import wrap
 from kvlink.model.restore import cache_shape
-from kvlink.recipe import Wish
+from kvlink.recipe import Target
 from kvlink.transport.api import Ask, Fetch, PushStatus
 from kvlink.transport.client import grpc_bytes
 from kvlink.wire.session import ReceiveSession, SendSession
@@ -114,11 +114,11 @@ async def test_a_fetch_gives_frames_that_a_receiver_restores(pair):
 
 async def test_a_budget_is_kept_and_used(pair):
     for budget in (12_000, 20_000):
-        done = await pair.deliver("q2c@1.0 int4", wish=Wish(budget))
+        done = await pair.deliver("q2c@1.0 int4", target=Target(budget))
         assert 0.85 * budget < done.receipt.wire_bytes <= budget
     with pytest.raises(LimitError, match="no cache fits 900 bytes"):
-        await pair.deliver("q2c@1.0 int4", wish=Wish(900))
-    chosen = await pair.deliver("int4", wish=Wish(12_000))
+        await pair.deliver("q2c@1.0 int4", target=Target(900))
+    chosen = await pair.deliver("int4", target=Target(12_000))
     assert chosen.receipt.wire_bytes <= 12_000
     assert chosen.receipt.kept_tokens < chosen.receipt.context_tokens
 

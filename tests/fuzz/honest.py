@@ -194,7 +194,12 @@ class Honest:
             "UnpublishContext": [sender_pb2.UnpublishContextRequest(context_id="x")],
             "FetchCache": [
                 *(fetch(context_id="x", question=item.question, recipe=recipe) for recipe in RECIPES[3:6]),
-                fetch(context_id="x", budget_bytes=20_000, transfer_id=b"t" * 16, **asked),
+                fetch(
+                    context_id="x",
+                    target=common_pb2.Target(budget_bytes=20_000),
+                    transfer_id=b"t" * 16,
+                    **asked,
+                ),
             ],
             "DeliverCache": [
                 deliver(text=text, receiver=receiver_at, **asked),
