@@ -72,6 +72,11 @@ class KVCache:
         return CacheShape(len(self.layers), first.shape[0], self.tokens, first.shape[2], dtype, whole)
 
     @property
+    def whole(self) -> bool:
+        """Whether every layer holds all positions that it attends to."""
+        return all(layer.sliding or layer.positions.shape[1] == self.tokens for layer in self.layers)
+
+    @property
     def nbytes(self) -> int:
         return sum(x.keys.nbytes + x.values.nbytes + x.positions.nbytes for x in self.layers)
 

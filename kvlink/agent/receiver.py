@@ -12,7 +12,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from transformers.cache_utils import DynamicCache
 
 from kvlink.agent.builder import Builder
 from kvlink.agent.profiles import Profiles
@@ -24,6 +26,7 @@ from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import unpack_part
 from kvlink.errors import CodecError, IdentityError, LimitError
 from kvlink.model.calibrate import rotation
+from kvlink.model.exchange import generate_inputs, to_dynamic_cache
 from kvlink.model.generate import Answer, Step, answer, generate
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
 from kvlink.model.prefill import prefill
@@ -294,3 +297,14 @@ class Receiver:
     def generate(self, held: Held, question: str, **options: float) -> Iterator[Step]:
         """Answer a token at a time; several at once over one context are fine."""
         return generate(self.lm, held.cache, question, **options)  # type: ignore[arg-type]
+
+    def to_dynamic_cache(self, held: Held) -> DynamicCache:
+        """The whole context as a transformers cache. Raises ContextError where positions are missing."""
+        return to_dynamic_cache(self.lm, held.cache)
+
+    def generate_inputs(self, held: Held, question: str, beams: int = 1) -> dict[str, Any]:
+        """What `receiver.lm.model.generate(**inputs)` needs to answer from a held context, whole or not.
+
+        Made anew for every generation. See `model.exchange.generate_inputs`.
+        """
+        return generate_inputs(self.lm, held.cache, question, beams)

@@ -33,6 +33,7 @@ from kvlink.compress.lossless import pack_part
 from kvlink.compress.select import choose_positions, kept_count, needs, score
 from kvlink.errors import CodecError, ContextError, LimitError, ModelError
 from kvlink.model.calibrate import rotation, units
+from kvlink.model.exchange import generate_inputs
 from kvlink.model.generate import Answer, answer, divergence, logits_along
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
 from kvlink.model.prefill import prefill, read_context, read_press, read_question
@@ -152,6 +153,10 @@ class Sender:
     def answer(self, context: Context, question: str, **options: float) -> Answer:
         """What the sender itself answers, from its full cache."""
         return answer(self.lm, context.cache, question, **options)
+
+    def generate_inputs(self, context: Context, question: str, beams: int = 1) -> dict[str, Any]:
+        """What `sender.lm.model.generate(**inputs)` needs to answer from the full cache."""
+        return generate_inputs(self.lm, context.cache, question, beams)
 
     def look(self, context: Context, question: str, selection: Selection) -> Look:
         """Capture what `selection` looks at. Raises ContextError where the question is missing.
