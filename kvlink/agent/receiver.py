@@ -74,7 +74,8 @@ class Intake:
         self._profiles = {} if profiles is None else profiles
         self.session = ReceiveSession(limits)
         self.held: Held | None = None
-        self.usable = False
+        self.segments = 0
+        """Segments that have closed."""
         self.needed_bytes = 0
         """Memory that the transfer will take, known once the manifest has been checked."""
         self._builder: Builder | None = None
@@ -103,7 +104,7 @@ class Intake:
             elif isinstance(event, SegmentClosed):
                 if self._builder is not None:
                     self._timed(self._builder.close)
-                self.usable = True
+                self.segments += 1
             elif isinstance(event, TransferComplete):
                 self.held = self._restore()
 

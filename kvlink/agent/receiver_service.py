@@ -13,18 +13,17 @@ from contextlib import aclosing
 
 from kvlink._release import RELEASE
 from kvlink.agent.admission import Gate
-from kvlink.agent.arrivals import Arrivals, Incoming, log_fields
+from kvlink.agent.inbound import InboundTransfer, InboundTransfers
 from kvlink.agent.receiver import Held, Receiver
 from kvlink.agent.settings import ReceiverSettings
 from kvlink.agent.store import Store
-from kvlink.agent.threads import stream, to_thread
+from kvlink.agent.threads import stream
 from kvlink.agent.turns import Turns
 from kvlink.defaults import NEW_TOKENS
 from kvlink.errors import (
     BusyError,
     ContextError,
     DeadlineError,
-    RemoteProtocolError,
     TruncatedError,
 )
 from kvlink.model.generate import Step
@@ -53,13 +52,13 @@ class ReceiverService:
             waiting=told.max_waiting, wait_s=told.wait_s,
         )  # fmt: skip
         self._turns = Turns()
-        self.arrivals = Arrivals(receiver, self.store, told, self.observer)
+        self.inbound = InboundTransfers(receiver, self.store, told, self.observer)
         self._prefill_tokens_per_s = 0.0
         for name, what, read in (
             ("held_bytes", "Bytes of held caches", lambda: self.store.held_bytes),
             ("reserved_bytes", "Bytes promised to transfers", lambda: self.store.reserved_bytes),
-            ("transfers_open", "Transfers on their way in", lambda: self.arrivals.gate.inside),
-            ("transfers_waiting", "Transfers that wait for a place", lambda: self.arrivals.gate.queued),
+            ("transfers_open", "Transfers on their way in", lambda: self.inbound.gate.inside),
+            ("transfers_waiting", "Transfers that wait for a place", lambda: self.inbound.gate.queued),
             ("generations_open", "Generations at work", lambda: self._generations.inside),
             ("generations_waiting", "Generations that wait", lambda: self._generations.queued),
         ):
@@ -94,81 +93,79 @@ class ReceiverService:
         self, frames: AsyncIterator[bytes], caller: Caller = NOBODY
     ) -> AsyncGenerator[PushStatus, None]:
         """Take a transfer: accepted, durable as frames are kept, complete. See the proto."""
-        me = object()
         self.sweep()
-        incoming = await self.arrivals.admit(await self._next(frames), me, caller)
-        with self.observer.span("receive", caller.trace, transfer=incoming.key.hex()) as told:
-            incoming.streams += 1
+        transfer = await self.inbound.admit(await self._first(frames), caller)
+        stream = transfer.life.stream
+        with self.observer.span("receive", caller.trace, transfer=transfer.key.hex()) as told:
             try:
-                async with aclosing(self._feed(incoming, frames, me)) as statuses:
+                async with aclosing(self._feed(transfer, frames, stream)) as statuses:
                     async for status in statuses:
                         yield status
             except (TruncatedError, BusyError, asyncio.CancelledError, GeneratorExit):
                 # Resumable: the sweep ends it if nobody comes. Who leaves after the end has cut nothing.
-                if incoming.feeder is me and incoming.state == "accepted":
-                    where = incoming.intake.session.next_sequence
-                    log.info("transfer cut at frame %d", where, extra=log_fields(incoming))
-                    self.arrivals.drop(incoming)
+                if transfer.life.on_its_way:
+                    self.inbound.apply(transfer, "cut", stream=stream)
                 raise
             except Exception as error:
-                if incoming.feeder is me:
-                    self.arrivals.end(incoming, "failed", f"{type(error).__name__}: {error}")
+                if transfer.life.on_its_way:
+                    self.inbound.apply(transfer, "refused", f"{type(error).__name__}: {error}", stream=stream)
                 raise
             finally:
-                incoming.streams -= 1
-                told.attributes |= {"state": incoming.state, "wire_bytes": incoming.receipt.wire_bytes}
+                told.attributes |= {"state": transfer.life.state, "wire_bytes": transfer.receipt.wire_bytes}
 
     async def _feed(
-        self, incoming: Incoming, frames: AsyncIterator[bytes], me: object
+        self, transfer: InboundTransfer, frames: AsyncIterator[bytes], stream: int
     ) -> AsyncGenerator[PushStatus, None]:
         """Take the frames of one stream into a transfer that was admitted."""
-        async with incoming.lock:  # what an earlier stream brought last is counted
-            await self.arrivals.settle(incoming)
-            status = self.arrivals.status(incoming)
+        async with transfer.lock:  # what an earlier stream brought last is counted
+            await self.inbound.settle(transfer)
+            status = self.inbound.status(transfer)
         yield status
-        if status.state == "complete":
-            return
-        while True:
-            frame = await self._next(frames, incoming)
-            async with incoming.lock:
-                if incoming.feeder is not me:
-                    raise RemoteProtocolError("another stream has taken this transfer over")
-                if incoming.state != "accepted":
-                    raise DeadlineError(f"this transfer is over: {incoming.why or incoming.state}")
-                durable = await to_thread(self.arrivals.take, incoming, frame)
-                incoming.touched_at = time.monotonic()
-                await self.arrivals.settle(incoming)
+        while not transfer.life.held:
+            frame = await self._next(frames, transfer)
+            async with transfer.lock:
+                durable = await self.inbound.take(transfer, stream, frame)
             if durable:
-                yield self.arrivals.status(incoming, "durable")
-            if incoming.cache_id:
-                read_s = incoming.receipt.stage_s.get("read")
+                yield self.inbound.status(transfer, "durable")
+            if transfer.life.held:
+                read_s = transfer.receipt.stage_s.get("read")
                 if read_s:
-                    self._prefill_tokens_per_s = incoming.receipt.context_tokens / read_s
-                yield self.arrivals.status(incoming)
-                return
+                    self._prefill_tokens_per_s = transfer.receipt.context_tokens / read_s
+                yield self.inbound.status(transfer)
 
-    async def _next(self, frames: AsyncIterator[bytes], incoming: Incoming | None = None) -> bytes:
+    async def _first(self, frames: AsyncIterator[bytes]) -> bytes:
+        """The first frame of a stream. Raises TruncatedError where none comes."""
+        try:
+            return await asyncio.wait_for(anext(frames), self.settings.start_s)
+        except TimeoutError:
+            raise _cut(f"brought nothing for {self.settings.start_s:g} s", 0) from None
+        except StopAsyncIteration:
+            raise _cut("ended", 0) from None
+
+    async def _next(self, frames: AsyncIterator[bytes], transfer: InboundTransfer) -> bytes:
         """The next frame of a stream.
 
         Raises TruncatedError where it ends, or brings none for long; BusyError where it has a place and
-        does not begin.
+        does not begin; DeadlineError where the transfer's time is over.
         """
-        begun = incoming is not None and incoming.begun
-        wait_s = self.settings.idle_s if begun else self.settings.start_s
+        waits = self.inbound.settings.waits
+        at, _ = transfer.life.next_due(waits)
         try:
-            return await asyncio.wait_for(anext(frames), wait_s)
+            return await asyncio.wait_for(anext(frames), max(0.0, at - time.monotonic()))
         except TimeoutError:
-            if incoming is not None and not begun:
-                raise BusyError(
-                    f"no frame within {wait_s:g} s after the manifest: the place goes to others; try again"
-                ) from None
-            how = f"brought nothing for {wait_s:g} s"
+            pass
         except StopAsyncIteration:
-            how = "ended"
-        where = incoming.intake.session.next_sequence if incoming else 0
-        raise TruncatedError(
-            f"the stream {how} before frame {where}; the same transfer id and manifest resume it there"
-        )
+            raise _cut("ended", transfer.intake.session.next_sequence) from None
+        async with transfer.lock:
+            event = self.inbound.expire(transfer, at)
+        if transfer.life.state == "forgotten":
+            raise BusyError(
+                f"no frame within {waits.start_s:g} s after the manifest: the place goes to others; try again"
+            )
+        if transfer.life.on_its_way:
+            how = f"brought nothing for {waits.idle_s:g} s" if event == "idle" else "was taken over"
+            raise _cut(how, transfer.intake.session.next_sequence)
+        raise DeadlineError(f"this transfer is over: {transfer.life.why or transfer.life.state}")
 
     async def generate(self, ask: Ask, caller: Caller = NOBODY) -> AsyncGenerator[Piece, None]:
         """Answer from a held cache, a token at a time, on a view of its own."""
@@ -176,7 +173,7 @@ class ReceiverService:
         if ask.max_new_tokens > most:
             raise ContextError(f"max_new_tokens is at most {most} here, got {ask.max_new_tokens}")
         self._receiver.lm.require_room("the question", ask.question)
-        await self.arrivals.recall_cache(ask.cache_id)
+        await self.inbound.recall_cache(ask.cache_id)
         with self.store.lease(ask.cache_id, caller.name) as held:  # stays whole until the last token
 
             def steps() -> Iterator[Step]:
@@ -205,17 +202,23 @@ class ReceiverService:
             yield Piece("", (), True, receipt)
 
     def delete_cache(self, cache_id: str, caller: Caller = NOBODY) -> None:
-        self.arrivals.forget_cache(cache_id, caller)
+        self.inbound.forget_cache(cache_id, caller)
 
     async def transfer_status(self, transfer_id: bytes, caller: Caller = NOBODY) -> PushStatus:
         self.sweep()
-        return self.arrivals.find(transfer_id, caller)
+        return self.inbound.find(transfer_id, caller)
 
     async def cancel_transfer(self, transfer_id: bytes, caller: Caller = NOBODY) -> None:
         """Give up a transfer that is on its way; what is complete stays. Unknown ids are fine."""
-        await self.arrivals.cancel(transfer_id, caller)
+        await self.inbound.cancel(transfer_id, caller)
 
     def sweep(self) -> None:
         """End what is over: caches past their lifetime, transfers past their deadline."""
         self.store.sweep()
-        self.arrivals.sweep()
+        self.inbound.sweep()
+
+
+def _cut(how: str, number: int) -> TruncatedError:
+    return TruncatedError(
+        f"the stream {how} before frame {number}; the same transfer id and manifest resume it there"
+    )

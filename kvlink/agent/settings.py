@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kvlink.bounds import TEXT
 from kvlink.recipe import DEFAULT_RECIPE
 from kvlink.transport.address import check_advertised, check_pattern
+from kvlink.wire.lifecycle import Waits
 from kvlink.wire.session import Limits
 
 if TYPE_CHECKING:
@@ -98,6 +99,11 @@ class ReceiverSettings:
     def limits(self) -> Limits:
         """What of these a session of the wire keeps."""
         return Limits(**{f.name: getattr(self, f.name) for f in fields(Limits)})
+
+    @property
+    def waits(self) -> Waits:
+        """What of these decides in the life of a transfer."""
+        return Waits(self.start_s, self.idle_s, self.resume_lifetime_s, self.transfer_deadline_s)
 
 
 @dataclass(frozen=True, slots=True)

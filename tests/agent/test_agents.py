@@ -155,7 +155,7 @@ async def test_one_corrupted_chunk_means_an_error_and_no_generation(pair):
             await pair.deliver("raw", receiver=f"127.0.0.1:{wire.port}")
         assert len(wire.seen) > 30_000
     assert len(pair.receiver.store) == 0, "nothing was kept that could be answered from"
-    assert len(pair.receiver.arrivals) == 0
+    assert len(pair.receiver.inbound) == 0
 
 
 @pytest.mark.parametrize("cut_after", [2_000, 40_000, 60_000])
@@ -198,18 +198,19 @@ async def test_a_second_stream_takes_a_transfer_over(pair, small_chunks):
     """The first stream's connection is taken for dead; its next frame is refused."""
     sender = pair.sender._sender
     frames = sender.pack(sender.read(TEXT), QUESTION, "raw").frames
-    more = asyncio.Event()
+    more, waits = asyncio.Event(), asyncio.Event()
 
     async def slow():
         yield frames[0]
         yield frames[1]
+        waits.set()
         await more.wait()
         yield frames[2]
 
     first = pair.receiver.push_cache(slow())
     assert (await anext(first)).state == "accepted"
     waiting = asyncio.create_task(anext(first))
-    await asyncio.sleep(0.1)
+    await waits.wait()
     statuses = [item async for item in pair.target.push(frames) if not isinstance(item, int)]
     assert statuses[0].next_sequence == 2
     assert statuses[-1].state == "complete"
@@ -230,10 +231,10 @@ async def test_broken_transfers_and_old_caches_are_forgotten(pair, small_chunks)
     with pytest.raises(TruncatedError):
         async for _ in pair.receiver.push_cache(half()):
             pass
-    assert len(pair.receiver.arrivals) == 1
-    pair.receiver.arrivals.settings = replace(pair.receiver.settings, resume_lifetime_s=-1.0)
+    assert len(pair.receiver.inbound) == 1
+    pair.receiver.inbound.settings = replace(pair.receiver.settings, resume_lifetime_s=-1.0)
     pair.receiver.sweep()
-    assert len(pair.receiver.arrivals) == 0
+    assert len(pair.receiver.inbound) == 0
     assert pair.receiver.store.reserved_bytes == 0, "all room was given back"
 
 
@@ -464,7 +465,7 @@ async def test_callers_cannot_make_a_sender_import_kvpress(pair):
 
 async def test_a_transfer_that_brings_nothing_keeps_no_place(pair):
     receiver = pair.receiver
-    receiver.settings = receiver.arrivals.settings = replace(receiver.settings, start_s=0.05)
+    receiver.settings = receiver.inbound.settings = replace(receiver.settings, start_s=0.05)
     frames = pair.sender._sender.pack(pair.sender._sender.read(TEXT), QUESTION, "int8").frames
 
     async def stream(hang_up: bool):
@@ -476,7 +477,7 @@ async def test_a_transfer_that_brings_nothing_keeps_no_place(pair):
         with pytest.raises(error):
             async for status in receiver.push_cache(stream(hang_up)):
                 assert status.state == "accepted"
-        assert receiver.arrivals.gate.inside == 0
+        assert receiver.inbound.gate.inside == 0
         assert receiver.store.reserved_bytes == 0
     receiver.settings = replace(receiver.settings, start_s=60.0)
     statuses = await feed(receiver, frames)
