@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from kvlink.codecs import NO_CALIBRATION
+from kvlink.codecs import CODECS, NO_CALIBRATION
 from kvlink.payload import Fingerprint
 from kvlink.sketch import Sketch
 
@@ -111,15 +111,18 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an agent is and can do. `limits` by name, in bytes, tokens or counts. `address`: where it says
-    that others reach it, empty where it says nothing."""
+    """What an agent is and can do.
+
+    `codecs`: by their names in `kvlink.codecs`. `limits`: by name, in bytes, tokens or counts. `address`:
+    where it says that others reach it, empty where it says nothing.
+    """
 
     model_name: str
     fingerprint: Fingerprint
     dtype: str
     release: str
     modes: tuple[str, ...] = ("kv", "text")
-    codecs: tuple[str, ...] = ("raw", "lossless", "int8", "int4", "int3", "int2", "int1", "svd", "transform")
+    codecs: tuple[str, ...] = tuple(CODECS)
     coders: tuple[str, ...] = ("identity", "zstd", "rans")
     limits: dict[str, int] = field(default_factory=dict)
     sketch: Sketch | None = None

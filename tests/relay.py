@@ -16,7 +16,7 @@ class Relay:
     forward to the server instead. `cut_after`, `cut_back_after`: bytes towards the server, or from it,
     after which the connection is cut, once or (`cut_always`) whenever more come. `stall_after`: bytes
     towards the server after which nothing is forwarded in either direction, until `go()`; connections
-    stay open. `rate_bps`: of the way to the server.
+    stay open. `rate_bps`, `rate_back_bps`: of the way to the server, and of the way from it.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class Relay:
         cut_always: bool = False,
         stall_after: int = 0,
         rate_bps: float = 0.0,
+        rate_back_bps: float = 0.0,
     ) -> None:
         self._port = port
         self._change = change
@@ -36,6 +37,7 @@ class Relay:
         self._cut_always = cut_always
         self._stall_after = stall_after
         self._rate_bps = rate_bps
+        self._rate_back_bps = rate_back_bps
         self._going = asyncio.Event()
         self._going.set()
         self._loop = asyncio.get_running_loop()
@@ -88,12 +90,14 @@ class Relay:
                 await up_writer.drain()
 
         async def back() -> None:
-            while data := await up_reader.read(65536):
+            while data := await up_reader.read(4096 if self._rate_back_bps else 65536):
                 self.came += data
                 await self._going.wait()
                 if self._due(self._cut_back_after, len(self.came)):
                     writer.transport.abort()
                     return
+                if self._rate_back_bps:
+                    await asyncio.sleep(8 * len(data) / self._rate_back_bps)
                 writer.write(data)
                 await writer.drain()
 

@@ -43,7 +43,7 @@ from kvlink.payload import Prompt, Segment, count_kinds
 from kvlink.receipt import Certificate, Receipt
 from kvlink.recipe import AUTO, DEFAULT_RECIPE, Amount, Recipe, Selection, Target
 from kvlink.transport.api import Explanation
-from kvlink.transport.client import grpc_bytes
+from kvlink.transport.link import grpc_bytes
 from kvlink.wire.file import Writable, write_frames
 from kvlink.wire.messages import TRANSFER_ID_BYTES, Manifest
 from kvlink.wire.session import CHUNK_BYTES, SendSession, read_transfer

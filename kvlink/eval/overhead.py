@@ -31,6 +31,7 @@ from kvlink.model.loading import LanguageModel, load
 from kvlink.payload import CacheShape
 from kvlink.recipe import Recipe
 from kvlink.transport.client import ReceiverClient
+from kvlink.transport.link import grpc_bytes
 from kvlink.transport.server import Server
 from kvlink.transport.sockets import SocketCount
 from kvlink.wire.messages import recipe_to_proto
@@ -101,8 +102,7 @@ def predict(
     frames.append(number(len(frames)) + nested(nested(32)))
     frames.append(number(len(frames)) + nested(nested(32) + number(1)))
     out["framing"] = sum(frames[2:]) - sum(map(sum, groups))
-    stream = sum(frames) + 5 * len(frames)
-    out["grpc"] = 5 * len(frames) + 9 * math.ceil(stream / 16_384)
+    out["grpc"] = grpc_bytes(frames)
     out["http2"] = known.http2_bytes
     return out
 

@@ -178,10 +178,17 @@ def reader(message_class: Any) -> Callable[[bytes], Any]:
 
 
 def _checked(request: Any) -> Any:
-    """A request that `reader` made. Raises what it found wrong."""
+    """A request that `reader` made, or a stream of them. Raises what it found wrong, of a stream when it comes."""
+    if hasattr(request, "__aiter__"):
+        return _each_checked(request)
     if isinstance(request, KvlinkError):
         raise request
     return request
+
+
+async def _each_checked(requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+    async for request in requests:
+        yield _checked(request)
 
 
 def unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -198,7 +205,7 @@ def unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]
     return call
 
 
-def stream(beat: Any = None) -> Callable[[Callable[..., AsyncIterator[Any]]], Any]:
+def stream(beat: Callable[[], Any]) -> Callable[[Callable[..., AsyncIterator[Any]]], Any]:
     """`method(self, request, caller)` as a handler of a call with many answers.
 
     `beat`: makes a message that says nothing, sent when there is nothing else to send.
@@ -223,7 +230,7 @@ def stream(beat: Any = None) -> Callable[[Callable[..., AsyncIterator[Any]]], An
 
 
 async def alive(
-    answers: AsyncIterator[Any], beat: Callable[[], Any] | None, cut_off: asyncio.Future[None]
+    answers: AsyncIterator[Any], beat: Callable[[], Any], cut_off: asyncio.Future[None]
 ) -> AsyncGenerator[Any, None]:
     """`answers`, and a `beat()` after each `BEAT_S` without one. Closes `answers` when it is left.
 
@@ -233,13 +240,11 @@ async def alive(
     try:
         while True:
             pending = pending or asyncio.ensure_future(anext(answers))
-            await asyncio.wait(
-                {pending, cut_off}, timeout=BEAT_S if beat else None, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait({pending, cut_off}, timeout=BEAT_S, return_when=asyncio.FIRST_COMPLETED)
             if cut_off.done():
                 raise StoppingError()
             if not pending.done():
-                yield beat()  # type: ignore[misc]
+                yield beat()
                 continue
             done, pending = pending, None
             try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from types import TracebackType
@@ -55,16 +54,9 @@ QUICK_S = 20.0
 """The deadline of calls that do no work."""
 QUIET_S = 6.5
 """Three signs of life that did not come, and a little."""
+_PING_BYTES = 256
+"""Fewer in `QUIET_S` are pings that a library answers, whatever has become of its agent."""
 ATTEMPTS = 4
-
-
-def grpc_bytes(message_bytes: Sequence[int]) -> int:
-    """Bytes that gRPC adds to messages of these sizes, computed.
-
-    5 for each message, and an HTTP/2 frame header of 9 for each 16,384 bytes of the stream.
-    """
-    total = sum(message_bytes) + 5 * len(message_bytes)
-    return 5 * len(message_bytes) + 9 * math.ceil(total / 16_384)
 
 
 class Client:
@@ -177,13 +169,13 @@ class Client:
         return [*token, *trace, *asker, *((READERS, name) for name in readers)]
 
     def _method(self, name: str) -> Any:
-        """A method of the service: messages in, bytes out (bare frames are bytes both ways)."""
+        """A method of the service: messages in, bytes out."""
         method = self._service.methods_by_name[name]
         kinds = ("unary", "stream")
         arity = f"{kinds[method.client_streaming]}_{kinds[method.server_streaming]}"
         return getattr(self._channel, arity)(
             f"/{self._service.full_name}/{name}",
-            request_serializer=None if method.input_type.name == "Frame" else _to_bytes,
+            request_serializer=_to_bytes,
             response_deserializer=None,
         )
 
@@ -191,11 +183,7 @@ class Client:
         """The answer of a method. Raises RemoteProtocolError where a field of it is out of range."""
         kind = self._service.methods_by_name[name].output_type
         try:
-            return (
-                data
-                if kind.name == "Frame"
-                else checked.read(GetMessageClass(kind), data, RemoteProtocolError)
-            )
+            return checked.read(GetMessageClass(kind), data, RemoteProtocolError)
         except RemoteProtocolError as error:
             raise RemoteProtocolError(f"{self.address}: {error}") from None
 
@@ -207,12 +195,14 @@ class Client:
             raise from_rpc_error(error, self.address) from error
         return self._understood(name, data)
 
-    async def _messages(self, name: str, request: Any, beats: bool = True) -> AsyncGenerator[Any, None]:
-        """The answers of a stream. Raises PeerUnavailableError where none comes for `QUIET_S`, if the
-        peer gives signs of life (`beats`)."""
+    async def _messages(self, name: str, request: Any, *, bulk: bool = False) -> AsyncGenerator[Any, None]:
+        """The answers of a stream. Raises PeerUnavailableError where none comes for `QUIET_S`.
+
+        `bulk`: signs of life wait behind large answers, so that bytes on the connection are one too.
+        """
         call = self._method(name)(request, timeout=self.timeout_s, metadata=self._shown())
         try:
-            while (data := await self._read(call, beats)) is not grpc.aio.EOF:
+            while (data := await self._read(call, bulk)) is not grpc.aio.EOF:
                 yield self._understood(name, data)
             if await call.code() is not grpc.StatusCode.OK:
                 raise from_rpc_error(await error_of(call), self.address)
@@ -221,11 +211,24 @@ class Client:
         finally:
             call.cancel()
 
-    async def _read(self, call: Any, beats: bool = True) -> Any:
+    async def _read(self, call: Any, bulk: bool = False) -> Any:
+        """The next answer of a stream. Raises PeerUnavailableError where there is no sign of life."""
+        reading = asyncio.ensure_future(call.read())
         try:
-            return await asyncio.wait_for(call.read(), QUIET_S if beats else None)
-        except TimeoutError:
-            raise PeerUnavailableError(f"{self.address}: no sign of life for {QUIET_S:g} s") from None
+            before = self._received_bytes() if bulk else 0
+            while not (await asyncio.wait({reading}, timeout=QUIET_S))[0]:
+                now = self._received_bytes() if bulk else 0
+                if now - before < _PING_BYTES:
+                    raise PeerUnavailableError(f"{self.address}: no sign of life for {QUIET_S:g} s")
+                before = now
+            return reading.result()
+        finally:
+            reading.cancel()
+
+    def _received_bytes(self) -> float:
+        """What has come on the connection; where nobody can tell, more each time."""
+        found = self.socket_count()
+        return time.monotonic() * _PING_BYTES * 10 if found is None else found.bytes_received
 
     async def _tell(self, name: str, request: Any) -> None:
         """A call that may fail: what it says is then found out by the peer's own clock."""
@@ -259,7 +262,10 @@ class Client:
         """What the agent is and can do."""
         request = common_pb2.GetCapabilitiesRequest()
         response = await self._unary("GetCapabilities", request, QUICK_S)
-        return convert.capabilities_from_proto(response.capabilities)
+        try:
+            return convert.capabilities_from_proto(response.capabilities)
+        except RemoteProtocolError as error:
+            raise RemoteProtocolError(f"{self.address}: {error}") from None
 
 
 def _to_bytes(message: Any) -> bytes:

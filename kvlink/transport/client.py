@@ -22,7 +22,6 @@ from kvlink.transport import convert
 from kvlink.transport.api import Ask, Delivery, Fetch, Piece, Progress, Published, PushStatus
 from kvlink.transport.channel import CONNECT_S as CONNECT_S
 from kvlink.transport.channel import QUICK_S, Client, error_of
-from kvlink.transport.channel import grpc_bytes as grpc_bytes
 from kvlink.transport.expected import Answered, Delivering, Pushing
 from kvlink.transport.status import from_rpc_error
 from kvlink.v1 import receiver_pb2, sender_pb2, wire_pb2
@@ -59,7 +58,7 @@ class ReceiverClient(Client):
         writer: asyncio.Task[None] | None = None
         reader = asyncio.create_task(self._listen(call, expected, told))
         try:
-            await call.write(frames[0])
+            await call.write(receiver_pb2.PushCacheRequest(frame=frames[0]))
             while (item := await told.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
@@ -106,7 +105,7 @@ class ReceiverClient(Client):
         try:
             for number in range(expected.begin_at, len(frames)):
                 expected.begun = number
-                await call.write(frames[number])
+                await call.write(receiver_pb2.PushCacheRequest(frame=frames[number]))
                 sent.put_nowait(number)
             await call.done_writing()
         except (grpc.RpcError, asyncio.InvalidStateError):
@@ -205,8 +204,11 @@ class SenderClient(Client):
         )
         left = fetch.target.budget_bytes or sys.maxsize
 
-        def frames() -> AsyncGenerator[bytes, None]:
-            return self._messages("FetchCache", request, beats=False)  # a frame has no room for signs of life
+        async def frames() -> AsyncGenerator[bytes, None]:
+            async with contextlib.aclosing(self._messages("FetchCache", request, bulk=True)) as messages:
+                async for message in messages:
+                    if message.WhichOneof("message") != "heartbeat":
+                        yield message.frame
 
         async with contextlib.aclosing(self._again(frames)) as found:
             async for frame in found:

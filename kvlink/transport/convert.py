@@ -5,7 +5,7 @@ Does not know: sockets, agents. Place on the path: just inside the services.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, TypeVar, cast
 
@@ -17,8 +17,8 @@ from kvlink.recipe import Target
 from kvlink.texts import whole
 from kvlink.transport.address import check_advertised
 from kvlink.transport.api import Explanation, PushState, PushStatus
-from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
-from kvlink.wire.mapping import read
+from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2, wire_pb2
+from kvlink.wire import mapping
 from kvlink.wire.messages import (
     fingerprint_from_proto,
     fingerprint_to_proto,
@@ -27,6 +27,8 @@ from kvlink.wire.messages import (
 )
 
 M = TypeVar("M", bound=Message)
+
+_MODE, _CODER, _DTYPE = (wire_pb2.DESCRIPTOR.enum_types_by_name[name] for name in ("Mode", "Coder", "Dtype"))
 
 _STATES: dict[PushState, receiver_pb2.TransferState] = {
     "accepted": receiver_pb2.TRANSFER_STATE_ACCEPTED,
@@ -62,7 +64,7 @@ def target_to_proto(target: Target) -> common_pb2.Target:
 
 def target_from_proto(message: common_pb2.Target) -> Target:
     """Raises RecipeError where it asks for what cannot be."""
-    return cast(Target, read(message, Target))
+    return cast(Target, mapping.read(message, Target))
 
 
 def receipt_to_proto(receipt: Receipt) -> common_pb2.Receipt:
@@ -105,6 +107,7 @@ _CERTIFICATE = ("agreeing_tokens", "tokens", "kl_mean", "logit_error", "escalati
 
 
 _FARTHEST = 1e9
+_SAID = "GetCapabilitiesResponse.capabilities"
 
 
 def _certificate_to_proto(value: Certificate | None) -> common_pb2.Certificate | None:
@@ -144,29 +147,29 @@ def capabilities_to_proto(value: Capabilities) -> common_pb2.Capabilities:
         model_name=value.model_name,
         fingerprint=fingerprint_to_proto(value.fingerprint),
         sketch=sketch_to_proto(value.sketch),
-        modes=value.modes,
+        modes=[mapping.number(_MODE, mode) for mode in value.modes],  # type: ignore[misc]
         codecs=value.codecs,
-        coders=value.coders,
+        coders=[mapping.number(_CODER, coder) for coder in value.coders],  # type: ignore[misc]
         limits=common_pb2.Limits(**value.limits),
         prefill_tokens_per_s=value.prefill_tokens_per_s,
         release=value.release,
-        dtype=value.dtype,
+        dtype=mapping.number(_DTYPE, value.dtype),  # type: ignore[arg-type]
         profiles=value.profiles,
         address=value.address,
     )
 
 
 def capabilities_from_proto(message: common_pb2.Capabilities) -> Capabilities:
-    """Raises RemoteProtocolError where it calls itself by what is no address."""
+    """Raises RemoteProtocolError where it calls itself by what is no address, or computes in no known dtype."""
     return Capabilities(
         model_name=message.model_name,
         fingerprint=fingerprint_from_proto(message.fingerprint),
         sketch=sketch_from_proto(message),
-        dtype=message.dtype,
+        dtype=_dtype(message.dtype),
         release=message.release,
-        modes=tuple(message.modes),
+        modes=_known(_MODE, message.modes),
         codecs=tuple(message.codecs),
-        coders=tuple(message.coders),
+        coders=_known(_CODER, message.coders),
         limits={field.name: value for field, value in message.limits.ListFields()},
         prefill_tokens_per_s=message.prefill_tokens_per_s,
         protocol_min=message.protocol_min,
@@ -176,11 +179,23 @@ def capabilities_from_proto(message: common_pb2.Capabilities) -> Capabilities:
     )
 
 
+def _known(enum: Any, numbers: Iterable[int]) -> tuple[str, ...]:
+    """The words of those that this release knows: a later one may speak more."""
+    return tuple(mapping.word(enum, number) for number in numbers if number in enum.values_by_number)
+
+
 def _advertised(text: str) -> str:
     try:
         return check_advertised(text)
     except ConfigError as error:
-        raise RemoteProtocolError(f"Capabilities.address: {error}") from None
+        raise RemoteProtocolError(f"{_SAID}.address: {error}") from None
+
+
+def _dtype(number: int) -> str:
+    try:
+        return mapping.word(_DTYPE, number)
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(f"{_SAID}.dtype: {error}") from None
 
 
 def push_status_to_proto(status: PushStatus) -> receiver_pb2.PushCacheResponse:

@@ -74,8 +74,9 @@ class _Agent:
 
 class _Receiver(_Agent):
     @stream(lambda: receiver_pb2.PushCacheResponse(state=receiver_pb2.TRANSFER_STATE_ACCEPTED))
-    async def PushCache(self, requests: AsyncIterator[bytes], caller: Caller) -> AsyncIterator[Any]:
-        async with aclosing(self._handler.push_cache(requests, caller)) as statuses:
+    async def PushCache(self, requests: AsyncIterator[Any], caller: Caller) -> AsyncIterator[Any]:
+        frames = (request.frame async for request in requests)
+        async with aclosing(self._handler.push_cache(frames, caller)) as statuses:
             async for status in statuses:
                 yield convert.push_status_to_proto(status)
 
@@ -136,8 +137,8 @@ class _Sender(_Agent):
         self._handler.unpublish(request.context_id, caller)
         return sender_pb2.UnpublishContextResponse()
 
-    @stream()
-    async def FetchCache(self, request: Any, caller: Caller) -> AsyncIterator[bytes]:
+    @stream(lambda: sender_pb2.FetchCacheResponse(heartbeat=common_pb2.Heartbeat()))
+    async def FetchCache(self, request: Any, caller: Caller) -> AsyncIterator[Any]:
         fetch = Fetch(
             request.context_id,
             request.question,
@@ -148,7 +149,7 @@ class _Sender(_Agent):
         )
         async with aclosing(self._handler.fetch_cache(fetch, caller)) as frames:
             async for frame in frames:
-                yield frame
+                yield sender_pb2.FetchCacheResponse(frame=frame)
 
     @stream(sender_pb2.DeliverCacheResponse)
     async def DeliverCache(self, request: Any, caller: Caller) -> AsyncIterator[Any]:
@@ -182,10 +183,7 @@ class _Sender(_Agent):
 
 
 def _handlers(service: Any, servicer: Any) -> Any:
-    """Handlers of all methods of a proto service. Bare frames stay bytes, in and out.
-
-    The digest runs over the exact bytes of the frames, so nothing here parses and rewrites them.
-    """
+    """Handlers of all methods of a proto service."""
     found = {}
     for method in service.methods:
         kinds = ("unary", "stream")
@@ -193,8 +191,8 @@ def _handlers(service: Any, servicer: Any) -> Any:
         asked, told = method.input_type, method.output_type
         found[method.name] = getattr(grpc, f"{arity}_rpc_method_handler")(
             getattr(servicer, method.name),
-            request_deserializer=None if asked.name == "Frame" else reader(GetMessageClass(asked)),
-            response_serializer=None if told.name == "Frame" else GetMessageClass(told).SerializeToString,
+            request_deserializer=reader(GetMessageClass(asked)),
+            response_serializer=GetMessageClass(told).SerializeToString,
         )
     return grpc.method_handlers_generic_handler(service.full_name, found)
 

@@ -27,17 +27,17 @@ class Capabilities(_message.Message):
     protocol_max: int
     model_name: str
     fingerprint: _wire_pb2.Fingerprint
-    modes: _containers.RepeatedScalarFieldContainer[str]
+    modes: _containers.RepeatedScalarFieldContainer[_wire_pb2.Mode]
     codecs: _containers.RepeatedScalarFieldContainer[str]
-    coders: _containers.RepeatedScalarFieldContainer[str]
+    coders: _containers.RepeatedScalarFieldContainer[_wire_pb2.Coder]
     limits: Limits
     prefill_tokens_per_s: float
     release: str
-    dtype: str
+    dtype: _wire_pb2.Dtype
     profiles: _containers.RepeatedScalarFieldContainer[bytes]
     sketch: _wire_pb2.Sketch
     address: str
-    def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., model_name: _Optional[str] = ..., fingerprint: _Optional[_Union[_wire_pb2.Fingerprint, _Mapping]] = ..., modes: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., coders: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., release: _Optional[str] = ..., dtype: _Optional[str] = ..., profiles: _Optional[_Iterable[bytes]] = ..., sketch: _Optional[_Union[_wire_pb2.Sketch, _Mapping]] = ..., address: _Optional[str] = ...) -> None: ...
+    def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., model_name: _Optional[str] = ..., fingerprint: _Optional[_Union[_wire_pb2.Fingerprint, _Mapping]] = ..., modes: _Optional[_Iterable[_Union[_wire_pb2.Mode, str]]] = ..., codecs: _Optional[_Iterable[str]] = ..., coders: _Optional[_Iterable[_Union[_wire_pb2.Coder, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., release: _Optional[str] = ..., dtype: _Optional[_Union[_wire_pb2.Dtype, str]] = ..., profiles: _Optional[_Iterable[bytes]] = ..., sketch: _Optional[_Union[_wire_pb2.Sketch, _Mapping]] = ..., address: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_cache_bytes", "max_context_tokens", "max_frame_bytes", "max_segments", "max_text_bytes", "max_new_tokens")
@@ -124,6 +124,10 @@ class Target(_message.Message):
     quality: float
     verify: bool
     def __init__(self, budget_bytes: _Optional[int] = ..., max_bits: _Optional[float] = ..., quality: _Optional[float] = ..., verify: bool = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class GetCapabilitiesRequest(_message.Message):
     __slots__ = ()

@@ -1,5 +1,4 @@
 from kvlink.v1 import common_pb2 as _common_pb2
-from kvlink.v1 import wire_pb2 as _wire_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -23,6 +22,12 @@ TRANSFER_STATE_DURABLE: TransferState
 TRANSFER_STATE_COMPLETE: TransferState
 TRANSFER_STATE_FAILED: TransferState
 TRANSFER_STATE_CANCELLED: TransferState
+
+class PushCacheRequest(_message.Message):
+    __slots__ = ("frame",)
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    frame: bytes
+    def __init__(self, frame: _Optional[bytes] = ...) -> None: ...
 
 class PutProfileRequest(_message.Message):
     __slots__ = ("data",)

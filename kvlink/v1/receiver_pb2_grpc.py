@@ -5,7 +5,6 @@ import warnings
 
 from kvlink.v1 import common_pb2 as kvlink_dot_v1_dot_common__pb2
 from kvlink.v1 import receiver_pb2 as kvlink_dot_v1_dot_receiver__pb2
-from kvlink.v1 import wire_pb2 as kvlink_dot_v1_dot_wire__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
@@ -43,7 +42,7 @@ class ReceiverServiceStub(object):
                 _registered_method=True)
         self.PushCache = channel.stream_stream(
                 '/kvlink.v1.ReceiverService/PushCache',
-                request_serializer=kvlink_dot_v1_dot_wire__pb2.Frame.SerializeToString,
+                request_serializer=kvlink_dot_v1_dot_receiver__pb2.PushCacheRequest.SerializeToString,
                 response_deserializer=kvlink_dot_v1_dot_receiver__pb2.PushCacheResponse.FromString,
                 _registered_method=True)
         self.GetTransferStatus = channel.unary_unary(
@@ -84,8 +83,7 @@ class ReceiverServiceServicer(object):
 
     def PushCache(self, request_iterator, context):
         """Frames in, status out. The sender MUST wait for ACCEPTED before it sends anything but the
-        manifest, and continues at `next_sequence`. Frames travel as their own bytes (the digest runs
-        over them), which is why the request is the bare Frame.
+        manifest, and continues at `next_sequence`.
 
         A second stream with the same transfer id and manifest, by the same peer, goes on where the
         first one broke; while the first one lives it takes it over. A transfer that is complete is
@@ -141,7 +139,7 @@ def add_ReceiverServiceServicer_to_server(servicer, server):
             ),
             'PushCache': grpc.stream_stream_rpc_method_handler(
                     servicer.PushCache,
-                    request_deserializer=kvlink_dot_v1_dot_wire__pb2.Frame.FromString,
+                    request_deserializer=kvlink_dot_v1_dot_receiver__pb2.PushCacheRequest.FromString,
                     response_serializer=kvlink_dot_v1_dot_receiver__pb2.PushCacheResponse.SerializeToString,
             ),
             'GetTransferStatus': grpc.unary_unary_rpc_method_handler(
@@ -222,7 +220,7 @@ class ReceiverService(object):
             request_iterator,
             target,
             '/kvlink.v1.ReceiverService/PushCache',
-            kvlink_dot_v1_dot_wire__pb2.Frame.SerializeToString,
+            kvlink_dot_v1_dot_receiver__pb2.PushCacheRequest.SerializeToString,
             kvlink_dot_v1_dot_receiver__pb2.PushCacheResponse.FromString,
             options,
             channel_credentials,

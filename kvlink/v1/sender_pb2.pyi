@@ -131,6 +131,14 @@ class FetchCacheRequest(_message.Message):
     next_sequence: int
     def __init__(self, context_id: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., target: _Optional[_Union[_common_pb2.Target, _Mapping]] = ..., transfer_id: _Optional[bytes] = ..., next_sequence: _Optional[int] = ...) -> None: ...
 
+class FetchCacheResponse(_message.Message):
+    __slots__ = ("frame", "heartbeat")
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    frame: bytes
+    heartbeat: _common_pb2.Heartbeat
+    def __init__(self, frame: _Optional[bytes] = ..., heartbeat: _Optional[_Union[_common_pb2.Heartbeat, _Mapping]] = ...) -> None: ...
+
 class DeliverCacheRequest(_message.Message):
     __slots__ = ("context_id", "text", "question", "recipe", "target", "receiver", "answer_here", "explain", "delivery_id")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]

@@ -5,7 +5,6 @@ import warnings
 
 from kvlink.v1 import common_pb2 as kvlink_dot_v1_dot_common__pb2
 from kvlink.v1 import sender_pb2 as kvlink_dot_v1_dot_sender__pb2
-from kvlink.v1 import wire_pb2 as kvlink_dot_v1_dot_wire__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
@@ -54,7 +53,7 @@ class SenderServiceStub(object):
         self.FetchCache = channel.unary_stream(
                 '/kvlink.v1.SenderService/FetchCache',
                 request_serializer=kvlink_dot_v1_dot_sender__pb2.FetchCacheRequest.SerializeToString,
-                response_deserializer=kvlink_dot_v1_dot_wire__pb2.Frame.FromString,
+                response_deserializer=kvlink_dot_v1_dot_sender__pb2.FetchCacheResponse.FromString,
                 _registered_method=True)
         self.DeliverCache = channel.unary_stream(
                 '/kvlink.v1.SenderService/DeliverCache',
@@ -132,7 +131,7 @@ def add_SenderServiceServicer_to_server(servicer, server):
             'FetchCache': grpc.unary_stream_rpc_method_handler(
                     servicer.FetchCache,
                     request_deserializer=kvlink_dot_v1_dot_sender__pb2.FetchCacheRequest.FromString,
-                    response_serializer=kvlink_dot_v1_dot_wire__pb2.Frame.SerializeToString,
+                    response_serializer=kvlink_dot_v1_dot_sender__pb2.FetchCacheResponse.SerializeToString,
             ),
             'DeliverCache': grpc.unary_stream_rpc_method_handler(
                     servicer.DeliverCache,
@@ -252,7 +251,7 @@ class SenderService(object):
             target,
             '/kvlink.v1.SenderService/FetchCache',
             kvlink_dot_v1_dot_sender__pb2.FetchCacheRequest.SerializeToString,
-            kvlink_dot_v1_dot_wire__pb2.Frame.FromString,
+            kvlink_dot_v1_dot_sender__pb2.FetchCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,8 +40,9 @@ def check(message: Message, raised: type[KvlinkError], path: str = "") -> None:
         field = message.DESCRIPTOR.fields_by_name[name]
         value: Any = getattr(message, name)
         what = rule.wrong(value)
-        if not what and field.enum_type is not None and value not in field.enum_type.values_by_number:
-            rule, what = f"one of {', '.join(field.enum_type.values_by_name)}", str(value)  # type: ignore[assignment]
+        known = None if field.enum_type is None or field.is_repeated else field.enum_type.values_by_number
+        if not what and known is not None and value not in known:
+            rule, what = f"one of {', '.join(one.name for one in known.values())}", str(value)  # type: ignore[assignment]
         if what:
             raise raised(f"{path}.{name}: expected {rule}, found {what}")
         inner = field.message_type

@@ -37,12 +37,13 @@ _PEER = Words(64)
 _DIGEST = Bytes((16,))
 _TRANSFER = Bytes((16,))
 _TRANSFER_OR_NONE = Bytes((0, 16))
+_FRAME = Bytes(most=MESSAGE.most)
+"""A session's own limit is narrower, and it names the frame."""
 _SECONDS = Number(0, 1e6)
 _SIZE = Whole(0, 2**63 - 1)
 _COUNT = Whole(0, 2**32 - 1)
 _SHARE = Number(0, 1.001)
 """1 and what float32 adds to it."""
-_DTYPE = OneOf(("bfloat16", "float16", "float32"))
 
 Rules = dict[str, Rule]
 
@@ -51,13 +52,13 @@ CAPABILITIES: Rules = {
     "protocol_max": Whole(0, 1000),
     "model_name": Words(4096),
     "fingerprint": Inner(),
-    "modes": Many(64, _NAME),
+    "modes": Many(64),
     "codecs": Many(64, _NAME),
-    "coders": Many(64, _NAME),
+    "coders": Many(64),
     "limits": Inner(),
     "prefill_tokens_per_s": Number(0, 1e12),
     "release": _NAME,
-    "dtype": _DTYPE,
+    "dtype": Known(),
     "profiles": Many(64, _DIGEST),
     "sketch": Inner(),
     "address": Words(320, r"[\x21-\x7e]*", "printable ASCII without blanks"),
@@ -96,11 +97,13 @@ FIELDS: dict[str, Rules] = {
     "Target": {
         "budget_bytes": _SIZE, "max_bits": Number(0, 1e6), "quality": Number(0, 1), "verify": Known(),
     },
+    "Heartbeat": {},
     "GetCapabilitiesRequest": {},
     "GetCapabilitiesResponse": {"capabilities": Inner()},
     # receiver.proto
     "PutProfileRequest": {"data": Bytes(most=MESSAGE.most)},
     "PutProfileResponse": {"digest": _DIGEST},
+    "PushCacheRequest": {"frame": _FRAME},
     "PushCacheResponse": {"state": Known(), "next_sequence": _COUNT, "cache_id": _ID, "receipt": Inner()},
     "GetTransferStatusRequest": {"transfer_id": _TRANSFER},
     "GetTransferStatusResponse": {
@@ -142,6 +145,7 @@ FIELDS: dict[str, Rules] = {
         "next_sequence": _COUNT,
         "target": Inner(),
     },
+    "FetchCacheResponse": {"frame": _FRAME, "heartbeat": Inner()},
     "DeliverCacheRequest": {
         "context_id": _ID,
         "text": Words(TEXT.most),

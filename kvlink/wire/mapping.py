@@ -41,7 +41,7 @@ def write(value: Any, message: Message) -> None:
             getattr(message, field.name).SetInParent()
             write(found, getattr(message, field.name))
         elif descriptor.enum_type is not None:
-            setattr(message, field.name, _number(descriptor.enum_type, found))
+            setattr(message, field.name, number(descriptor.enum_type, found))
         elif found is not None:
             setattr(message, field.name, found)
 
@@ -79,7 +79,7 @@ def _read_field(message: Message, descriptor: Any, hint: Any) -> Any:
         if not message.HasField(descriptor.name):
             raise RemoteProtocolError(f"missing in {message.DESCRIPTOR.name}")
         return read(value, hint)
-    return _word(descriptor.enum_type, value) if descriptor.enum_type is not None else value
+    return word(descriptor.enum_type, value) if descriptor.enum_type is not None else value
 
 
 def _is_union(message: Message) -> bool:
@@ -96,12 +96,16 @@ def _prefix(enum: Any) -> str:
     return str(enum.values_by_number[0].name.removesuffix("UNSPECIFIED"))
 
 
-def _number(enum: Any, word: str) -> int:
+def number(enum: Any, word: str) -> int:
+    """The enum's value that has this word."""
     return int(enum.values_by_name[_prefix(enum) + word.upper().replace("+", "_")].number)
 
 
-def _word(enum: Any, number: int) -> str:
-    """The word of an enum's value. Those with a `+` are the methods that look at two things."""
+def word(enum: Any, number: int) -> str:
+    """The word of an enum's value. Those with a `+` are the methods that look at two things.
+
+    Raises RemoteProtocolError where it has none that is known here.
+    """
     known = enum.values_by_number.get(number)
     if known is None or number == 0:
         raise RemoteProtocolError(f"{enum.name} {number} is not known here")

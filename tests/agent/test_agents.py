@@ -30,7 +30,7 @@ from kvlink.model.loading import wrap
 from kvlink.model.restore import cache_shape
 from kvlink.recipe import Target
 from kvlink.transport.api import Ask, Fetch, PushStatus
-from kvlink.transport.client import grpc_bytes
+from kvlink.transport.link import grpc_bytes
 from kvlink.wire.session import ReceiveSession, SendSession
 from tests.agent.conftest import QUESTION, TEXT, feed
 from tests.conftest import ARCHITECTURES
@@ -422,8 +422,8 @@ async def test_capabilities_say_what_an_agent_is(pair):
 
 
 def test_rows_of_grpc_overhead():
-    assert grpc_bytes([100]) == 5 + 9
-    assert grpc_bytes([16_384, 10]) == 10 + 9 * 2
+    assert grpc_bytes([100]) == 5 + 2 + 9
+    assert grpc_bytes([16_384, 10]) == 10 + 4 + 2 + 9 * 2
 
 
 async def test_grpc_bytes_match_what_a_connection_carries(pair):

@@ -15,6 +15,7 @@ from kvlink.agent.sender import Sender
 from kvlink.errors import DataError, KvlinkError, LimitError, RemoteProtocolError, TruncatedError
 from kvlink.transport.api import Fetch
 from kvlink.transport.client import SenderClient
+from kvlink.v1 import sender_pb2
 from kvlink.wire.session import ReceiveSession, SendSession, read_transfer
 from tests.agent.conftest import QUESTION, TEXT
 from tests.agent.lying import SENDER, serve
@@ -29,6 +30,10 @@ def frames(tiny) -> list[bytes]:
     """An honest transfer of many frames."""
     sender = Sender(tiny, chunk_bytes=4096)
     return list(sender.pack(sender.read(TEXT), QUESTION, "raw", transfer_id=ID).frames)
+
+
+def message(frame: bytes) -> bytes:
+    return sender_pb2.FetchCacheResponse(frame=frame).SerializeToString()
 
 
 def forever(frame: bytes) -> Iterable[bytes]:
@@ -81,7 +86,7 @@ async def fetched(answer: Iterable[bytes]) -> tuple[int, Exception | None, int]:
     async def answers(method: str, context: Any) -> AsyncIterator[bytes]:
         for frame in answer:
             sent[0] += 1
-            yield frame
+            yield message(frame)
             await asyncio.sleep(0)
 
     server, port = await serve(answers, SENDER)
@@ -120,7 +125,7 @@ async def test_the_command_leaves_no_file_and_an_older_one_as_it_was(name, befor
 
     async def answers(method: str, context: Any) -> AsyncIterator[bytes]:
         for frame in lie(frames):
-            yield frame
+            yield message(frame)
 
     server, port = await serve(answers, SENDER)
     command = [

@@ -119,11 +119,12 @@ async def test_the_same_receiver_without_a_lie_is_believed(pair):
 
 CAPABILITIES: dict[str, Callable[[Any], object]] = {
     "a rate that is none": lambda c: setattr(c, "prefill_tokens_per_s", math.nan),
-    "a dtype of its own": lambda c: setattr(c, "dtype", "int8"),
+    "a dtype of its own": lambda c: setattr(c, "dtype", 77),
+    "no dtype": lambda c: c.ClearField("dtype"),
     "a name of a megabyte": lambda c: setattr(c, "model_name", "x" * 1_000_000),
     "profiles without end": lambda c: c.profiles.extend([b"x" * 16] * 100_000),
     "a profile's digest of 17 bytes": lambda c: c.profiles.append(b"x" * 17),
-    "modes without end": lambda c: c.modes.extend(["x"] * 100_000),
+    "modes without end": lambda c: c.modes.extend([1] * 100_000),
     "a release with line ends": lambda c: setattr(c, "release", "1\n2"),
     "a fingerprint of 3 bytes": lambda c: setattr(c.fingerprint, "weights", b"abc"),
     "a sketch without end": lambda c: c.sketch.numbers.extend([1] * 100_000),

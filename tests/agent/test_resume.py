@@ -416,6 +416,55 @@ async def test_a_peer_that_falls_silent_is_noticed_in_seconds(pair, monkeypatch)
             [item async for item in target.push(frames)]
 
 
+async def test_a_sender_that_packs_for_long_is_waited_for(pair, monkeypatch):
+    """A fetch has signs of life too, so that the client's clock for silence can run in it."""
+    monkeypatch.setattr("kvlink.transport.calls.BEAT_S", 0.1)
+    monkeypatch.setattr("kvlink.transport.channel.QUIET_S", 0.5)
+    published = await pair.source.publish(TEXT)
+    pack = pair.sender._sender.pack
+
+    def slowly(*arguments, **options):
+        time.sleep(1.2)
+        return pack(*arguments, **options)
+
+    monkeypatch.setattr(pair.sender._sender, "pack", slowly)
+    frames = [f async for f in pair.source.fetch(Fetch(published.context_id, QUESTION, "raw"))]
+    receiver = Receiver(pair.receiver._receiver.lm)
+    assert receiver.receive(frames).cache.tokens == published.context_tokens
+
+
+async def test_a_sender_that_falls_silent_under_a_fetch_is_noticed(pair, monkeypatch):
+    monkeypatch.setattr("kvlink.transport.channel.QUIET_S", 0.3)
+    monkeypatch.setattr("kvlink.transport.channel.ATTEMPTS", 1)
+    pair.sender._sender._chunk_bytes = 4096
+    published = await pair.source.publish(TEXT)
+    sender_port = int(pair.source.address.rpartition(":")[2])
+    async with (
+        relay(sender_port) as wire,
+        SenderClient(f"127.0.0.1:{wire.port}") as source,
+        asyncio.timeout(HANGS_S),
+    ):
+        with pytest.raises(PeerUnavailableError, match="no sign of life"):
+            async for _ in source.fetch(Fetch(published.context_id, QUESTION, "raw")):
+                wire.stall()
+
+
+async def test_a_frame_that_takes_long_on_a_slow_line_is_waited_for(pair, monkeypatch):
+    """Signs of life wait behind the bulk: what comes on the connection is one."""
+    monkeypatch.setattr("kvlink.transport.calls.BEAT_S", 0.1)
+    monkeypatch.setattr("kvlink.transport.channel.QUIET_S", 0.4)
+    published = await pair.source.publish(TEXT)
+    sender_port = int(pair.source.address.rpartition(":")[2])
+    whole = [f async for f in pair.source.fetch(Fetch(published.context_id, QUESTION, "raw"))]
+    slow_bps = 8 * max(map(len, whole)) / 1.0
+    async with (
+        relay(sender_port, rate_back_bps=slow_bps) as wire,
+        SenderClient(f"127.0.0.1:{wire.port}") as source,
+    ):
+        frames = [f async for f in source.fetch(Fetch(published.context_id, QUESTION, "raw"))]
+    assert frames[1:-2] == whole[1:-2]
+
+
 async def test_a_slow_receiver_that_lives_is_waited_for(pair, monkeypatch):
     """Signs of life come while the work takes longer than the quiet that is allowed."""
     monkeypatch.setattr("kvlink.transport.calls.BEAT_S", 0.1)

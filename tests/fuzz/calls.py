@@ -17,6 +17,7 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
+from kvlink.v1 import receiver_pb2, wire_pb2
 from tests.fuzz.agents import LEAST
 from tests.fuzz.honest import Honest
 from tests.fuzz.messages import Maker, Seen
@@ -128,14 +129,26 @@ class Planner:
         return made if rng.random() < 0.15 else maker.changed(made)
 
     def _stream(self, maker: Maker, method: MethodDescriptor, peer: str) -> list[bytes]:
-        """Messages of a stream: frames of an almost honest transfer, one that goes on or comes again, or random ones."""
+        """Messages of a stream: an almost honest transfer, one that goes on or comes again, or random ones."""
+        if method.name != "PushCache" or maker.rng.random() < 0.1:
+            return [
+                maker.message(method.input_type).SerializeToString() for _ in range(maker.rng.randint(0, 4))
+            ]
+        return [
+            receiver_pb2.PushCacheRequest(frame=frame).SerializeToString()
+            for frame in self._frames(maker, peer)
+        ]
+
+    def _frames(self, maker: Maker, peer: str) -> list[bytes]:
         rng = maker.rng
         begun = self.begun[peer]
         if begun and rng.random() < 0.2:
             frames, after = rng.choice(begun)
             return [frames[0], *frames[rng.choice((1, after, after, rng.randint(1, len(frames)))) :]]
-        if method.name != "PushCache" or rng.random() < 0.15:
-            return [maker.message(method.input_type).SerializeToString() for _ in range(rng.randint(0, 4))]
+        if rng.random() < 0.05:
+            return [
+                maker.message(wire_pb2.Frame.DESCRIPTOR).SerializeToString() for _ in range(rng.randint(0, 4))
+            ]
         frames = almost_honest(self.honest.transfers, maker)
         if len(frames) > 2 and rng.random() < 0.2:
             after = rng.randint(1, len(frames) - 1)
@@ -157,7 +170,7 @@ class Planner:
         """Remember what an agent gave, and what it was sent under."""
         if plan.peer == LEAST or plan.malformed:
             return
-        if ended.last and plan.method.output_type.name != "Frame":
+        if ended.last:
             told = GetMessageClass(plan.method.output_type).FromString(ended.last)
             self.seen.note(told)
             for name in ("context_id", "cache_id"):
@@ -166,7 +179,8 @@ class Planner:
         if ended.status == "OK" or ended.answers:
             for message in plan.messages[:1]:
                 parsed = GetMessageClass(plan.method.input_type).FromString(message)
-                for owner in (parsed, getattr(parsed, "manifest", None)):
+                frame = wire_pb2.Frame.FromString(parsed.frame) if plan.method.name == "PushCache" else None
+                for owner in (parsed, frame.manifest if frame else None):
                     for name in ("transfer_id", "delivery_id"):
                         if owner is not None and getattr(owner, name, b""):
                             self.seen.add(name, getattr(owner, name))

@@ -107,7 +107,12 @@ class Liar:
         if rng.random() < 0.02:
             return [rng.randbytes(20)]
         if name == "FetchCache" and self._transfers and rng.random() < 0.8:
-            return almost_honest(self._transfers, maker)
+            frames = almost_honest(self._transfers, maker)
+            told = [sender_pb2.FetchCacheResponse(frame=frame) for frame in frames]
+            for _ in range(rng.choice((0, 0, 2))):
+                beat = sender_pb2.FetchCacheResponse(heartbeat=common_pb2.Heartbeat())
+                told.insert(rng.randint(0, len(told)), beat)
+            return [one.SerializeToString() for one in told]
         if name in HONEST and rng.random() < 0.7:
             return [
                 (maker.changed(one) if rng.random() < 0.6 else one).SerializeToString()
