@@ -62,6 +62,8 @@ def generate_inputs(lm: LanguageModel, cache: KVCache, question: str, beams: int
         "attention_mask": mask.to(device),
         "position_ids": torch.arange(tokens, tokens + len(ids), device=device)[None],
         "past_key_values": state,
+        # Some configurations say no: the question would then be read again at every step, into the same cache.
+        "use_cache": True,
     }
     if "position_ids" not in parameters(lm.model):
         del given["position_ids"]

@@ -20,10 +20,10 @@ NEW_TOKENS = 16
 ARCHITECTURES = ("qwen2", "llama", "gemma2-sliding", "gemma3-sliding")
 
 
-@pytest.fixture(scope="module")
-def counts_keys(tiny) -> LanguageModel:
+@pytest.fixture(scope="module", params=["falcon (ALiBi)", "mpt"])
+def counts_keys(request, tiny) -> LanguageModel:
     """A model whose attention takes the number of keys for their positions (ALiBi)."""
-    lm = wrap("alibi", make("falcon (ALiBi)"), tiny.tokenizer)
+    lm = wrap(request.param, make(request.param), tiny.tokenizer)
     assert lm.traits.padded
     return lm
 
