@@ -53,6 +53,8 @@ class Held:
 
     cache: KVCache
     receipt: Receipt
+    template_id: str = ""
+    """Of the template that the context was written in; "" is the model's own."""
 
     @property
     def nbytes(self) -> int:
@@ -158,10 +160,7 @@ class Intake:
             raise LimitError(
                 f"earlier turns of {said:,} bytes; the model's window {lm.window} holds at most {lm.text_bytes:,}"
             )
-        if there.template_id != lm.template.template_id:
-            raise IdentityError(
-                f"prompt template: here {lm.template.template_id}, at the peer {there.template_id}"
-            )
+        lm = self._lm.asking(there.template_id)
         here = lm.template.prompt(there.turns)
         for name in ("before", "after"):
             mine, theirs = getattr(here, name), getattr(there, name)
@@ -198,6 +197,7 @@ class Intake:
                 stage_s=stage_s,
                 bytes=count_bytes(self._frame_bytes, self._kinds),
             ),
+            manifest.prompt.template_id,
         )
 
     def _context_of(self, codec: Codec) -> CodecContext:
@@ -230,7 +230,7 @@ class Intake:
             text = unpack_part(part).decode()
         except UnicodeDecodeError as error:
             raise CodecError(f"the text is not UTF-8: {error}") from error
-        ids = self._lm.context_ids(text, manifest.prompt)
+        ids = self._lm.asking(manifest.prompt.template_id).context_ids(text, manifest.prompt)
         if len(ids) != manifest.shape.tokens:
             raise IdentityError(f"the text has {len(ids)} tokens here, {manifest.shape.tokens} at the sender")
         return prefill(self._lm, ids)
@@ -293,11 +293,11 @@ class Receiver:
 
     def answer(self, held: Held, question: str, **options: float) -> Answer:
         """Answer from a held context. Options as in `model.generate.generate`."""
-        return answer(self.lm, held.cache, question, **options)
+        return answer(self._asking(held), held.cache, question, **options)
 
     def generate(self, held: Held, question: str, **options: float) -> Iterator[Step]:
         """Answer a token at a time; several at once over one context are fine."""
-        return generate(self.lm, held.cache, question, **options)  # type: ignore[arg-type]
+        return generate(self._asking(held), held.cache, question, **options)  # type: ignore[arg-type]
 
     def to_dynamic_cache(self, held: Held) -> DynamicCache:
         """The whole context as a transformers cache. Raises ContextError where positions are missing."""
@@ -308,4 +308,8 @@ class Receiver:
 
         Made anew for every generation. See `model.exchange.generate_inputs`.
         """
-        return generate_inputs(self.lm, held.cache, question, beams)
+        return generate_inputs(self._asking(held), held.cache, question, beams)
+
+    def _asking(self, held: Held) -> LanguageModel:
+        """The model, with the template by which a question goes on from a context."""
+        return self.lm.asking(held.template_id) if held.template_id else self.lm

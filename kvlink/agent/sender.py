@@ -31,7 +31,8 @@ from kvlink.compress.codec import encode
 from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import pack_part
 from kvlink.compress.select import choose_positions, kept_count, needs, score
-from kvlink.errors import CodecError, ContextError, LimitError, ModelError
+from kvlink.errors import CodecError, ContextError, LimitError, ModelError, RecipeError
+from kvlink.model.adopt import cache_of, ids_of, prompt_of
 from kvlink.model.calibrate import rotation, units
 from kvlink.model.exchange import generate_inputs
 from kvlink.model.generate import Answer, answer, divergence, logits_along
@@ -150,13 +151,25 @@ class Sender:
         _require_finite(cache)
         return Context(cut.text, cut.ids, cut.prompt, cache, time.perf_counter() - began)
 
+    def adopt(self, past_key_values: Any, token_ids: Any, turns: Sequence[Turn] = ()) -> Context:
+        """A context that transformers code has read with this model: its filled `DynamicCache` and its token ids.
+
+        Where the ids are what the template writes around a text, after `turns`, it is the context that `read` gives;
+        else nothing stands around it, and a question continues it. The tensors are shared, not copied.
+        Raises UnsupportedCacheError, ContextError: see `model.adopt`.
+        """
+        ids = ids_of(self.lm, token_ids)
+        cache = cache_of(self.lm, past_key_values, ids)
+        text, prompt = prompt_of(self.lm, ids, turns)
+        return Context(text, ids, prompt, cache, 0.0)
+
     def answer(self, context: Context, question: str, **options: float) -> Answer:
         """What the sender itself answers, from its full cache."""
-        return answer(self.lm, context.cache, question, **options)
+        return answer(self._asking(context), context.cache, question, **options)
 
     def generate_inputs(self, context: Context, question: str, beams: int = 1) -> dict[str, Any]:
         """What `sender.lm.model.generate(**inputs)` needs to answer from the full cache."""
-        return generate_inputs(self.lm, context.cache, question, beams)
+        return generate_inputs(self._asking(context), context.cache, question, beams)
 
     def look(self, context: Context, question: str, selection: Selection) -> Look:
         """Capture what `selection` looks at. Raises ContextError where the question is missing.
@@ -169,10 +182,10 @@ class Sender:
         draft = self.draft(context, question) if "draft" in needed else None
         clock.lap("draft")
         if "question" in needed:
-            ids = self.lm.question_ids(question, context.cache.tokens)
+            ids = self._asking(context).question_ids(question, context.cache.tokens)
             evidence = read_question(self.lm, context.cache, ids, draft.token_ids if draft else ())
         elif "asked_window" in needed:
-            ids = self.lm.question_ids(question, context.cache.tokens)
+            ids = self._asking(context).question_ids(question, context.cache.tokens)
             evidence = read_context(self.lm, context.ids, needed, selection.window, ids)
         else:
             evidence = self._of_context(context, selection) if needed else Evidence()
@@ -198,8 +211,14 @@ class Sender:
             evidence = look.evidence if same else self.look(context, question, chosen).evidence
             sets = choose_positions(evidence, counted, shape).reshape(-1, receipt.kept_tokens)
             kept = torch.zeros(len(sets), shape.tokens).scatter_(1, sets, 1.0).mean(0)
+        lm = self._asking(context)
+        pieces = (
+            lm.context_pieces(context.text, context.prompt)
+            if context.text
+            else [lm.tokenizer.decode([i]) for i in context.ids]
+        )
         return Explanation(
-            tuple(self.lm.context_pieces(context.text, context.prompt)),
+            tuple(pieces),
             tuple((need / need.sum().clamp(min=1e-20)).tolist()),
             tuple(kept.tolist()),
         )
@@ -237,6 +256,8 @@ class Sender:
         recipe = self._resolved(recipe)
         clock = _Clock(look.stage_s, transfer_id)
         if recipe.mode == "text":
+            if not context.text:
+                raise RecipeError("the context has no text that is cut into its token ids: send its cache")
             part = pack_part("text", context.text.encode(), recipe.coder)
             clock.lap("encode")
             return self._frame(context, recipe, [Segment.of_text(part)], clock, None)
@@ -257,7 +278,9 @@ class Sender:
         _, segments = read_transfer(transfer.frames)
         shape = transfer.manifest.shape
         cache = restored(segments, shape, lambda codec: self._codec_context(codec, context))
-        own, found = (logits_along(self.lm, held, question, draft) for held in (context.cache, cache))
+        own, found = (
+            logits_along(self._asking(context), held, question, draft) for held in (context.cache, cache)
+        )
         nats = divergence(own.log_softmax(-1), found.log_softmax(-1))
         return Certificate(
             agreeing_tokens=int((own.argmax(-1) == found.argmax(-1)).sum()),
@@ -270,7 +293,11 @@ class Sender:
 
     def draft(self, context: Context, question: str) -> Answer:
         """The sender's own answer, briefly."""
-        return answer(self.lm, context.cache, question, max_new_tokens=DRAFT_TOKENS)
+        return answer(self._asking(context), context.cache, question, max_new_tokens=DRAFT_TOKENS)
+
+    def _asking(self, context: Context) -> LanguageModel:
+        """The model, with the template by which a question goes on from a context."""
+        return self.lm.asking(context.prompt.template_id)
 
     def _resolved(self, recipe: Recipe) -> Recipe:
         """A transform's basis by name: the model's profile where there is one."""

@@ -6,13 +6,13 @@ Does not know: how it was loaded, caches, peers. Place on the path: before it; e
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvlink.cache import DTYPES
-from kvlink.errors import ContextError
+from kvlink.errors import ContextError, IdentityError
 from kvlink.model.room import most_text_bytes, reading_bytes, require_few_tokens, require_room
-from kvlink.model.template import Template, Turn
+from kvlink.model.template import CONTINUED, Template, Turn
 from kvlink.model.tokens import Encoder, encoder_for
 from kvlink.model.traits import Traits
 from kvlink.payload import Fingerprint, Prompt
@@ -80,6 +80,15 @@ class LanguageModel:
         """Rows of the embedding: token ids that the model can read."""
         weight = getattr(self.model.get_input_embeddings(), "weight", None)
         return 2**31 if weight is None else len(weight)
+
+    def asking(self, template_id: str) -> LanguageModel:
+        """The model as it asks questions over a context of that template. Raises IdentityError for another's."""
+        own = self.template
+        if template_id.endswith(CONTINUED):
+            own = own.continued
+        if template_id != own.template_id:
+            raise IdentityError(f"prompt template: here {own.template_id}, at the peer {template_id}")
+        return replace(self, template=own)
 
     def context_ids(self, text: str, prompt: Prompt | None = None) -> list[int]:
         """Token ids of before · context · after, as they are cut in one text with a question behind.

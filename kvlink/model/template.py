@@ -3,6 +3,9 @@
     text = before · context · after           (this is what the cache holds)
     ask  = the question's part                (read by whoever answers)
 
+A context that somebody else wrote and read (`Sender.adopt`) may have nothing around it: its question continues it, by
+the template's `continued` form.
+
 Both ends own the template; its hash is a component of the fingerprint, so that a difference is
 refused, not guessed. Base models use `plain/1`; models with a chat template use it.
 
@@ -16,18 +19,20 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import transformers
 from blake3 import blake3
 
-from kvlink.errors import ConfigError, ModelError
+from kvlink.errors import ConfigError, ContextError, ModelError
 from kvlink.payload import Prompt
 from kvlink.payload import Turn as Turn
 
 _CONTEXT = "\x02kvlink-context\x03"
 _QUESTION = "\x02kvlink-question\x03"
+CONTINUED = "/continued"
+"""How the id of a template's `continued` form ends."""
 MOST_OPTIONS = 4096
 """Characters of template options."""
 _OURS = frozenset(inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters) | {
@@ -66,6 +71,31 @@ class Template:
         """Whether the program writes the day on which it runs, so that another day's prompt is another."""
         return "strftime_now" in self.source
 
+    @property
+    def is_continued(self) -> bool:
+        return self.template_id.endswith(CONTINUED)
+
+    @property
+    def continued(self) -> Template:
+        """The form for a context with nothing around it: a question is the next turn of a conversation, or the
+        next lines of a text.
+
+        Raises ModelError where the chat template writes earlier turns in another way once there are later ones.
+        """
+        if self.is_continued:
+            return self
+        before, after = f"\n{self.ask_before}", self.ask_after
+        if self.chat is not None:
+            before, after = _next_turn(self.chat, dict(self.options))
+        return replace(
+            self,
+            template_id=self.template_id + CONTINUED,
+            before="",
+            after="",
+            ask_before=before,
+            ask_after=after,
+        )
+
     def opening(self, turns: Sequence[Turn] = ()) -> str:
         """What stands before the context, earlier turns in it."""
         if turns and self.chat is not None:
@@ -73,7 +103,9 @@ class Template:
         return "".join(f"{t.role.capitalize()}: {t.content}\n" for t in turns) + self.before
 
     def prompt(self, turns: Sequence[Turn] = ()) -> Prompt:
-        """What the manifest says of the text around the context."""
+        """What the manifest says of the text around the context. Raises ContextError."""
+        if turns and self.is_continued:
+            raise ContextError("a context with nothing around it has its earlier turns in itself")
         return Prompt(self.template_id, self.opening(turns).encode(), self.after.encode(), tuple(turns))
 
     def ask(self, question: str) -> str:
@@ -144,15 +176,35 @@ def _render_chat(
     tokenizer: Any, turns: Sequence[Turn], options: Mapping[str, Any]
 ) -> tuple[str, str, str, str]:
     """Before, after, and the two sides of the question, cut out of a rendered conversation."""
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    messages.append({"role": "user", "content": f"Context: {_CONTEXT}\n\nQuestion: {_QUESTION}"})
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-    except Exception as error:  # templates are programs of their own and may raise anything
-        raise ModelError(f"the model's chat template cannot render the conversation: {error}") from error
+    asked = Turn("user", f"Context: {_CONTEXT}\n\nQuestion: {_QUESTION}")
+    text = _rendered(tokenizer, (*turns, asked), options, ask=True)
     if text.count(_CONTEXT) != 1 or text.count(_QUESTION) != 1:
         raise ModelError("the model's chat template does not keep the text of a user's turn as it is")
     before, _, rest = text.partition(_CONTEXT)
     between, _, ask_after = rest.partition(_QUESTION)
     after, ask_before = between[:2], between[2:]  # the blank line belongs to the context
     return before, after, ask_before, ask_after
+
+
+def _next_turn(tokenizer: Any, options: Mapping[str, Any]) -> tuple[str, str]:
+    """The two sides of a user's next turn, behind a conversation that an answer has ended. Raises ModelError."""
+    told = (Turn("user", "x"), Turn("assistant", "x"))
+    before = _rendered(tokenizer, told, options, ask=False)
+    text = _rendered(tokenizer, (*told, Turn("user", _QUESTION)), options, ask=True)
+    if not text.startswith(before) or text.count(_QUESTION) != 1:
+        raise ModelError(
+            "the model's chat template does not write a conversation so that it can be continued"
+        )
+    ask_before, _, ask_after = text.removeprefix(before).partition(_QUESTION)
+    return ask_before, ask_after
+
+
+def _rendered(tokenizer: Any, turns: Sequence[Turn], options: Mapping[str, Any], *, ask: bool) -> str:
+    """A conversation as the chat template writes it; `ask`: with the opening of the answer. Raises ModelError."""
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **options)
+        )
+    except Exception as error:  # templates are programs of their own and may raise anything
+        raise ModelError(f"the model's chat template cannot render the conversation: {error}") from error
