@@ -67,6 +67,8 @@ class Receipt:
     """What one transfer cost. Seconds by stage, bytes by kind, all of them.
 
     `socket_bytes`: acknowledged on the connection as the kernel counts, 0 where it cannot be asked.
+    `kept_tokens`: positions of each set that a selection brought; `kept_share`: all that are there of the
+    context's, mean over layers and heads, in (0, 1]. `segments`: those that have closed.
     `element_count`: elements of the full, unselected context cache.
     """
 
@@ -74,6 +76,7 @@ class Receipt:
     recipe: str = ""
     context_tokens: int = 0
     kept_tokens: int = 0
+    kept_share: float = 1.0
     element_count: int = 0
     segments: int = 1
     stage_s: dict[str, float] = field(default_factory=dict)

@@ -21,6 +21,8 @@ def receipt_dict(receipt: Receipt) -> dict[str, Any]:
         "recipe_full": receipt.recipe,
         "context_tokens": receipt.context_tokens,
         "kept_tokens": receipt.kept_tokens,
+        "kept_share": receipt.kept_share,
+        "segments": receipt.segments,
         "wire_bytes": receipt.wire_bytes,
         "socket_bytes": receipt.socket_bytes,
         "bits_per_element": receipt.bits_per_element,

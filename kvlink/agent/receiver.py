@@ -24,17 +24,18 @@ from kvlink.cache import KVCache
 from kvlink.codecs import AUTO_CALIBRATION, Codec, Transform
 from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import unpack_part
-from kvlink.errors import CodecError, IdentityError, LimitError
+from kvlink.errors import CodecError, IdentityError, LimitError, TruncatedError
 from kvlink.model.calibrate import rotation
 from kvlink.model.exchange import generate_inputs, to_dynamic_cache
 from kvlink.model.generate import Answer, Step, answer, generate
 from kvlink.model.loading import EMBEDDED, LanguageModel, load
 from kvlink.model.prefill import prefill
 from kvlink.model.restore import cache_shape, join
-from kvlink.payload import CacheShape, Part, Prompt, SegmentHeader, count_kinds
+from kvlink.payload import CacheShape, Part, Prompt
 from kvlink.profile import Profile
 from kvlink.receipt import Receipt
 from kvlink.wire.file import read_frames
+from kvlink.wire.layout import kept_share, kept_tokens
 from kvlink.wire.messages import Manifest
 from kvlink.wire.session import (
     GroupReceived,
@@ -76,20 +77,21 @@ class Intake:
         self._profiles = {} if profiles is None else profiles
         self.session = ReceiveSession(limits)
         self.held: Held | None = None
-        self.segments = 0
-        """Segments that have closed."""
         self.needed_bytes = 0
         """Memory that the transfer will take, known once the manifest has been checked."""
         self._builder: Builder | None = None
         self._text: Part | None = None
-        self._headers: list[SegmentHeader] = []
-        self._kinds: dict[str, int] = {}
         self._decode_s = 0.0
         self._frame_bytes: list[int] = []
 
     @property
     def manifest(self) -> Manifest | None:
         return self.session.manifest
+
+    @property
+    def segments(self) -> int:
+        """Segments that have closed: what they bring may be used."""
+        return len(self.session.closed)
 
     def take(self, frame: bytes) -> None:
         """Take one frame. Raises what the session and the builder raise, and IdentityError."""
@@ -98,17 +100,14 @@ class Intake:
             if isinstance(event, ManifestReceived):
                 self._check(event.manifest)
             elif isinstance(event, SegmentOpened):
-                self._headers.append(event.header)
                 if self._builder is not None:
                     self._builder.open(event.header)
             elif isinstance(event, GroupReceived):
                 self._take_group(event)
             elif isinstance(event, SegmentClosed):
-                if self._builder is not None:
-                    self._timed(self._builder.close)
-                self.segments += 1
+                self._close()
             elif isinstance(event, TransferComplete):
-                self.held = self._restore()
+                self.held = self.hold()
 
     def release(self) -> None:
         """Let go of the cache and the coded bytes; the session still tells where it is."""
@@ -116,13 +115,17 @@ class Intake:
         self._builder = self._text = None
 
     def _take_group(self, event: GroupReceived) -> None:
-        for kind, count in count_kinds([event.group]).items():
-            self._kinds[kind] = self._kinds.get(kind, 0) + count
         builder = self._builder
         if builder is None:
             self._text = event.group.parts[0]
         else:
             self._timed(lambda: builder.add(event.place, event.group))
+
+    def _close(self) -> None:
+        if self._builder is not None:
+            self._timed(self._builder.close)
+            if self._builder.cache is not None:
+                self._builder.cache.require_finite()
 
     def _timed(self, step: Callable[[], None]) -> None:
         began = time.perf_counter()
@@ -171,10 +174,11 @@ class Intake:
                     + ("; it writes the day: read the context again today" if lm.template.dated else "")
                 )
 
-    def _restore(self) -> Held:
-        manifest, builder = self.session.manifest, self._builder
-        if manifest is None or (builder is None and self._text is None):
-            raise CodecError("the transfer ended without a segment")
+    def hold(self) -> Held:
+        """What the segments that have closed make. Raises TruncatedError where none has."""
+        manifest, builder, closed = self.session.manifest, self._builder, self.session.closed
+        if manifest is None or not closed:
+            raise TruncatedError(f"no segment has closed, in {len(self._frame_bytes)} frames")
         began = time.perf_counter()
         if builder is None and self._text is not None:
             cache: KVCache | None = self._read(manifest, self._text)
@@ -184,18 +188,20 @@ class Intake:
             stage_s = {"decode": self._decode_s}
         if cache is None:
             raise CodecError("the segments bring no whole layer")
-        cache.require_finite()
+        if builder is None:
+            cache.require_finite()
         return Held(
             cache,
             Receipt(
                 transfer_id=manifest.transfer_id.hex(),
                 recipe=str(manifest.recipe),
                 context_tokens=cache.tokens,
-                kept_tokens=self._headers[0].kept,
+                kept_tokens=kept_tokens(closed, manifest.recipe),
+                kept_share=kept_share(closed, manifest.shape),
                 element_count=manifest.shape.element_count,
-                segments=len(self._headers),
+                segments=len(closed),
                 stage_s=stage_s,
-                bytes=count_bytes(self._frame_bytes, self._kinds),
+                bytes=count_bytes(self._frame_bytes, self.session.part_bytes),
             ),
             manifest.prompt.template_id,
         )
@@ -273,19 +279,29 @@ class Receiver:
         own = [self.lm.profile.digest.hex()] if self.lm.profile else []
         return [*own, *self.profiles]
 
-    def receive(self, frames: Iterable[bytes], limits: Limits | None = None) -> Held:
-        """Take a whole transfer. Raises TruncatedError where the frames end too early."""
+    def receive(
+        self, frames: Iterable[bytes], limits: Limits | None = None, *, partial: bool = False
+    ) -> Held:
+        """Take a whole transfer. `partial`: where it was cut, what had closed by then is enough.
+
+        Raises TruncatedError where the frames end too early: before the end, or before a segment has closed.
+        """
         intake = Intake(self.lm, limits, self.profiles)
-        for frame in frames:
-            intake.take(frame)
-        intake.session.close()
+        try:
+            for frame in frames:
+                intake.take(frame)
+            intake.session.close()
+        except TruncatedError:
+            if not partial or not intake.segments:
+                raise
+            return intake.hold()
         if intake.held is None:  # pragma: no cover - a complete session has restored its segment
             raise CodecError("the transfer is complete but nothing was restored")
         return intake.held
 
-    def read_file(self, source: BinaryIO) -> Held:
-        """Take a transfer from a `.kvl` file."""
-        return self.receive(read_frames(source))
+    def read_file(self, source: BinaryIO, *, partial: bool = False) -> Held:
+        """Take a transfer from a `.kvl` file; `partial`: also from one that was cut, as in `receive`."""
+        return self.receive(read_frames(source), partial=partial)
 
     def join(self, *held: Held) -> Held:
         """Refused by name: contexts that were read apart cannot become one. Raises ContextError."""

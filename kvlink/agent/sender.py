@@ -46,6 +46,7 @@ from kvlink.recipe import AUTO, DEFAULT_RECIPE, Amount, Recipe, Selection, Targe
 from kvlink.transport.api import Explanation
 from kvlink.transport.link import grpc_bytes
 from kvlink.wire.file import Writable, write_frames
+from kvlink.wire.layout import kept_share, kept_tokens
 from kvlink.wire.messages import TRANSFER_ID_BYTES, Manifest
 from kvlink.wire.session import CHUNK_BYTES, SendSession, read_transfer
 
@@ -407,7 +408,8 @@ class Sender:
             transfer_id=manifest.transfer_id.hex(),
             recipe=str(recipe),
             context_tokens=context.cache.tokens,
-            kept_tokens=segments[0].header.kept,
+            kept_tokens=kept_tokens([one.header for one in segments], recipe),
+            kept_share=kept_share([one.header for one in segments], manifest.shape),
             segments=len(segments),
             element_count=manifest.shape.element_count,
             stage_s=dict(clock.stage_s),

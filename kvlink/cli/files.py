@@ -199,6 +199,9 @@ def unpack(
     attention: Attention = ATTENTION,
     template_options: TemplateOptions = "",
     max_new_tokens: Annotated[int, count("max-new-tokens", "Tokens of the answer.")] = NEW_TOKENS,
+    partial: Annotated[
+        bool, flag("partial", "Answer from a file that was cut too, from the segments that have closed.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Answer a question from a .kvl file."""
@@ -210,7 +213,7 @@ def unpack(
         target = Receiver(
             model, device=device, dtype=dtype, attention=attention, template_options=template_options
         )
-        held = target.read_file(stream)
+        held = target.read_file(stream, partial=partial)
     told = target.answer(held, question, max_new_tokens=max_new_tokens)
     if as_json:
         receipt = held.receipt.with_stages(first_token=told.first_token_s)

@@ -84,6 +84,7 @@ FIELDS: dict[str, Rules] = {
         "transfer_id": Words(32, r"([0-9a-f]{32})?", "32 hex digits or none"),
         "element_count": _SIZE,
         "segments": _COUNT,
+        "kept_share": Number(0, 1),
         "certificate": Inner(),
     },
     "Certificate": {

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from kvlink.errors import RemoteProtocolError
-from kvlink.payload import SegmentHeader, count_kinds
 from kvlink.receipt import warnings_of
 from kvlink.v1 import wire_pb2 as pb
 from kvlink.wire.file import FORMAT_VERSION, MAGIC, read_frames
-from kvlink.wire.session import GroupReceived, ManifestReceived, ReceiveSession, SegmentOpened
+from kvlink.wire.layout import kept_share, kept_tokens
+from kvlink.wire.session import ManifestReceived, ReceiveSession
 
 
 def recipe_of(first_frame: bytes) -> str:
@@ -30,33 +30,26 @@ def recipe_of(first_frame: bytes) -> str:
 
 def describe(source: BinaryIO) -> dict[str, Any]:
     """Manifest, sizes and bytes by kind. Raises what `read_frames` and the session raise."""
-    session = ReceiveSession()
+    session = ReceiveSession(keep=False)
     frame_bytes: list[int] = []
-    headers: list[SegmentHeader] = []
-    kinds: dict[str, int] = {}
     for frame in read_frames(source):
         frame_bytes.append(len(frame))
-        for event in session.receive(frame):
-            if isinstance(event, ManifestReceived):
-                kinds["manifest"] = len(frame)
-            elif isinstance(event, SegmentOpened):
-                headers.append(event.header)
-            elif isinstance(event, GroupReceived):
-                for kind, count in count_kinds([event.group]).items():
-                    kinds[kind] = kinds.get(kind, 0) + count
+        session.receive(frame)
     session.close()
     manifest = session.manifest
     if manifest is None:  # pragma: no cover - close() refuses a session without one
         return {}
+    kinds = {"manifest": frame_bytes[0], **session.part_bytes}
     kinds["framing"] = sum(frame_bytes) - sum(kinds.values())
-    shape = manifest.shape
+    shape, headers = manifest.shape, session.closed
     return {
         "mode": manifest.mode,
         "recipe_full": str(manifest.recipe),
         **({"warnings": list(found)} if (found := warnings_of(str(manifest.recipe))) else {}),
         "transfer_id": manifest.transfer_id.hex(),
         "context_tokens": shape.tokens,
-        "kept_tokens": headers[0].kept,
+        "kept_tokens": kept_tokens(headers, manifest.recipe),
+        "kept_share": kept_share(headers, shape),
         "shape": {
             "layers": shape.layers,
             "kv_heads": shape.kv_heads,

@@ -9,12 +9,14 @@ builder reads groups by the same order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from kvlink.codecs.base import SIDES, PartSize
 from kvlink.errors import RemoteProtocolError
 from kvlink.payload import CacheShape, SegmentHeader
+from kvlink.recipe import Recipe
 
 GroupKind = Literal["map", "layer", "text"]
 
@@ -63,6 +65,21 @@ def part_sizes(
     for side, width in zip(SIDES, scale_bytes, strict=True):
         sizes += header.codec.part_sizes(place.layer, side, tensor, shape.element_bytes, width)
     return sizes
+
+
+def kept_tokens(headers: Sequence[SegmentHeader], recipe: Recipe) -> int:
+    """Positions of each set that a selection brings: those of all segments but a background. 0 for a text."""
+    background = recipe.background if recipe.background != recipe.codec else None
+    return sum(one.kept for one in headers if one.adds == "positions" and one.codec != background)
+
+
+def kept_share(headers: Sequence[SegmentHeader], shape: CacheShape) -> float:
+    """Share of a context's positions that segments bring, mean over layers and heads: 1 is all, and a text."""
+    held = [shape.held_tokens(layer, shape.tokens) for layer in range(shape.layers)]
+    if any(one.adds == "text" for one in headers):
+        return 1.0
+    kept = sum(place.rows for one in headers if one.adds == "positions" for place in groups_of(one, shape))
+    return kept / sum(held)
 
 
 def check_header(header: SegmentHeader, shape: CacheShape, present: int, is_first: bool) -> None:

@@ -209,6 +209,10 @@ class ReceiveSession:
         self._scale_bytes: tuple[int, ...] = ()
         self._buffer = bytearray()
         self._received = 0
+        self.part_bytes: dict[str, int] = {}
+        """Coded bytes by kind of part, those of a group that is not whole included."""
+        self.closed: list[SegmentHeader] = []
+        """Headers of the segments that have closed, in order."""
 
     @property
     def next_sequence(self) -> int:
@@ -344,6 +348,7 @@ class ReceiveSession:
             raise IntegrityError(
                 f"{where}: bytes at offset {self._received}: expected crc32c {claimed:08x}, found {found:08x}"
             )
+        self._count(self._received, self._received + len(data))
         self._received += len(data)
         if self._keep:
             self._buffer += data
@@ -362,11 +367,22 @@ class ReceiveSession:
         self._open_parts, self._buffer = (), bytearray()
         return [GroupReceived(place, Group(tuple(cut), self._scale_bytes))]
 
+    def _count(self, begin: int, end: int) -> None:
+        """Bytes `begin` to `end` of the open group, by the kind of the part that they belong to."""
+        at = 0
+        for part in self._open_parts:
+            found = min(end, at + part.coded_bytes) - max(begin, at)
+            if found > 0:
+                self.part_bytes[part.kind] = self.part_bytes.get(part.kind, 0) + found
+            at += part.coded_bytes
+
     def _on_segment_end(self, message: pb.SegmentEnd, where: str) -> list[Event]:
         if self._awaited or self._open_parts:
             raise RemoteProtocolError(f"{where}: the segment ends, {len(self._awaited)} groups have not come")
         self._check_digest(message.digest, where)
         self._segments += 1
+        if self._header is not None:
+            self.closed.append(self._header)
         return [SegmentClosed(self._segments - 1)]
 
     def told(self) -> Manifest:
