@@ -9,7 +9,7 @@ parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -57,6 +57,30 @@ class Turn:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ContextError(f"a turn's role must be one of {', '.join(ROLES)}, got {self.role!r}")
+        if not isinstance(self.content, str):
+            raise ContextError(f"a turn's content is a text, got {self.content!r}")
+
+
+TurnLike = Turn | tuple[str, str] | Mapping[str, str]
+"""An earlier turn as people have it: a `Turn`, (role, content), or {"role": …, "content": …}."""
+
+
+def turns_from(turns: Iterable[TurnLike]) -> tuple[Turn, ...]:
+    """Earlier turns in one form. Raises ContextError for what is none, and for parts of a message that would be lost."""
+    return tuple(_turn_from(index, turn) for index, turn in enumerate(turns))
+
+
+def _turn_from(index: int, turn: TurnLike) -> Turn:
+    if isinstance(turn, Turn):
+        return turn
+    if isinstance(turn, Mapping):
+        if set(turn) == {"role", "content"}:
+            return Turn(turn["role"], turn["content"])
+        names = ", ".join(map(str, turn)) or "nothing"
+        raise ContextError(f"turn {index}: expected role and content, got {names}")
+    if isinstance(turn, (tuple, list)) and len(turn) == 2:
+        return Turn(*turn)
+    raise ContextError(f"turn {index}: expected a Turn, (role, content) or {{role, content}}, got {turn!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from kvlink.errors import CodecError, IdentityError, LimitError, TruncatedError
 from kvlink.model.calibrate import rotation
 from kvlink.model.exchange import generate_inputs, to_dynamic_cache
 from kvlink.model.generate import Answer, Step, answer, generate
-from kvlink.model.loading import EMBEDDED, LanguageModel, load
+from kvlink.model.loading import EMBEDDED, LanguageModel, language_model
 from kvlink.model.prefill import prefill
 from kvlink.model.restore import cache_shape, join
 from kvlink.payload import CacheShape, Part, Prompt
@@ -253,9 +253,9 @@ def _check_shape(there: CacheShape, here: CacheShape) -> None:
 class Receiver:
     """Takes transfers and answers from them."""
 
-    def __init__(self, model: str | LanguageModel = EMBEDDED, **options: str) -> None:
-        """`options`: device, dtype, attention, as for `model.loading.load`."""
-        self.lm = load(model, **options) if isinstance(model, str) else model
+    def __init__(self, model: Any = EMBEDDED, tokenizer: Any = None, **options: str) -> None:
+        """See `model.loading.language_model`."""
+        self.lm = language_model(model, tokenizer, **options)
         self.profiles = Profiles()
 
     def add_profile(self, data: bytes, peer: str = "") -> Profile:

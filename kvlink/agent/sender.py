@@ -14,7 +14,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,11 +36,10 @@ from kvlink.model.adopt import cache_of, ids_of, prompt_of
 from kvlink.model.calibrate import rotation, units
 from kvlink.model.exchange import generate_inputs
 from kvlink.model.generate import Answer, answer, divergence, logits_along
-from kvlink.model.loading import EMBEDDED, LanguageModel, load
+from kvlink.model.loading import EMBEDDED, LanguageModel, language_model
 from kvlink.model.prefill import prefill, read_context, read_press, read_question
 from kvlink.model.restore import cache_shape
-from kvlink.model.template import Turn
-from kvlink.payload import Prompt, Segment, count_kinds
+from kvlink.payload import Prompt, Segment, TurnLike, count_kinds, turns_from
 from kvlink.receipt import Certificate, Receipt
 from kvlink.recipe import AUTO, DEFAULT_RECIPE, Amount, Recipe, Selection, Target
 from kvlink.transport.api import Explanation
@@ -126,20 +125,20 @@ class Sender:
     """Reads contexts with a model and packs what questions need of them."""
 
     def __init__(
-        self, model: str | LanguageModel = EMBEDDED, *, chunk_bytes: int = CHUNK_BYTES, **options: str
+        self, model: Any = EMBEDDED, tokenizer: Any = None, *, chunk_bytes: int = CHUNK_BYTES, **options: str
     ) -> None:
-        """`chunk_bytes`: most bytes of a chunk. `options`: device, dtype, attention, as for
-        `model.loading.load`."""
-        self.lm = load(model, **options) if isinstance(model, str) else model
+        """`model`, `tokenizer`, `options`: see `model.loading.language_model`. `chunk_bytes`: most bytes of a chunk."""
+        self.lm = language_model(model, tokenizer, **options)
         self._chunk_bytes = chunk_bytes
         self._units: tuple[tuple[Tensor, Tensor], ...] = ()
 
-    def read(self, text: str, turns: Sequence[Turn] = ()) -> Context:
+    def read(self, text: str, turns: Iterable[TurnLike] = ()) -> Context:
         """Prefill `text`. Raises ContextError where it is empty or larger than the window."""
         return self.prefill(self.cut(text, turns))
 
-    def cut(self, text: str, turns: Sequence[Turn] = ()) -> Cut:
+    def cut(self, text: str, turns: Iterable[TurnLike] = ()) -> Cut:
         """A text in tokens. Raises ContextError where it is empty or larger than the window."""
+        turns = turns_from(turns)
         self.lm.require_room("the context", text, *(turn.content for turn in turns))
         prompt = self.lm.template.prompt(turns)
         ids = self.lm.context_ids(text, prompt)
@@ -152,7 +151,7 @@ class Sender:
         _require_finite(cache)
         return Context(cut.text, cut.ids, cut.prompt, cache, time.perf_counter() - began)
 
-    def adopt(self, past_key_values: Any, token_ids: Any, turns: Sequence[Turn] = ()) -> Context:
+    def adopt(self, past_key_values: Any, token_ids: Any, turns: Iterable[TurnLike] = ()) -> Context:
         """A context that transformers code has read with this model: its filled `DynamicCache` and its token ids.
 
         Where the ids are what the template writes around a text, after `turns`, it is the context that `read` gives;
@@ -161,7 +160,7 @@ class Sender:
         """
         ids = ids_of(self.lm, token_ids)
         cache = cache_of(self.lm, past_key_values, ids)
-        text, prompt = prompt_of(self.lm, ids, turns)
+        text, prompt = prompt_of(self.lm, ids, turns_from(turns))
         return Context(text, ids, prompt, cache, 0.0)
 
     def answer(self, context: Context, question: str, **options: float) -> Answer:

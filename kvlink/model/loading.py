@@ -8,6 +8,7 @@ Does not know: contexts, peers. Place on the path: before it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from kvlink.cache import DTYPES
 from kvlink.defaults import ATTENTION, DEVICE, DTYPE
-from kvlink.errors import ConfigError, ContextError, KvlinkError, ModelError, UnsupportedCacheError
+from kvlink.errors import (
+    ConfigError,
+    ContextError,
+    IdentityError,
+    KvlinkError,
+    ModelError,
+    UnsupportedCacheError,
+)
 from kvlink.model.fingerprint import fingerprint_of, stamp
 from kvlink.model.language import LanguageModel as LanguageModel
 from kvlink.model.language import window_of
@@ -93,6 +101,36 @@ def with_profile(lm: LanguageModel, file: Path) -> LanguageModel:
         raise ConfigError(f"cannot read the profile {file}: {error.strerror}") from error
     profile.require_match(lm.fingerprint)
     return replace(lm, profile=profile)
+
+
+def language_model(model: Any = EMBEDDED, tokenizer: Any = None, **options: str) -> LanguageModel:
+    """A model to work with, from what people have: a name or a path (see `load`), a transformers model that is in
+    memory together with its tokenizer, or a `LanguageModel`, which is returned as it is.
+
+    `options`: for `load`; of a model in memory `template_options` alone, the rest is decided. Raises ConfigError,
+    ModelError.
+    """
+    if isinstance(model, transformers.PreTrainedModel):
+        if tokenizer is None:
+            raise ConfigError(f"a {type(model).__name__} needs its tokenizer beside it")
+        templates = options_from(options.pop("template_options", ""))
+        if options:
+            raise ConfigError(f"the model is loaded already: {', '.join(options)} cannot be chosen any more")
+        source = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        lm = wrap(source, model, tokenizer, template_options=templates)
+        file = Path(source) / PROFILE_FILE
+        with contextlib.suppress(IdentityError):  # another model's by now: its weights were changed in memory
+            return with_profile(lm, file) if file.is_file() else lm
+        return lm
+    if tokenizer is not None:
+        raise ConfigError("a tokenizer goes with a transformers model that is in memory")
+    if isinstance(model, str):
+        return load(model, **options)
+    if not isinstance(model, LanguageModel):
+        raise ConfigError(f"expected a name, a path or a transformers model, got a {type(model).__name__}")
+    if options:
+        raise ConfigError(f"the model is loaded already: {', '.join(options)} cannot be chosen any more")
+    return model
 
 
 def wrap(

@@ -23,7 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvlink.bounds import MESSAGE
 from kvlink.defaults import CALL_S
-from kvlink.errors import KvlinkError, PeerUnavailableError, RemoteProtocolError
+from kvlink.errors import KvlinkError, LocalProtocolError, PeerUnavailableError, RemoteProtocolError
 from kvlink.observe import current_parent
 from kvlink.receipt import Capabilities
 from kvlink.transport import convert
@@ -57,6 +57,7 @@ QUIET_S = 6.5
 _PING_BYTES = 256
 """Fewer in `QUIET_S` are pings that a library answers, whatever has become of its agent."""
 ATTEMPTS = 4
+_SERVICES = ("kvlink.v1.SenderService", "kvlink.v1.ReceiverService")
 
 
 class Client:
@@ -115,7 +116,18 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._channel.close()
+        channel, self._channel = self._channel, None
+        await channel.close()
+
+    @property
+    def _connected(self) -> Any:
+        """The channel. Raises LocalProtocolError before and after the client is used as a context manager."""
+        if self._channel is None:
+            raise LocalProtocolError(
+                f"{self.address}: the client is not connected: calls go inside of "
+                f"'async with {type(self).__name__}(…) as client:'"
+            )
+        return self._channel
 
     async def _ready(self, patience_s: float = 0.0) -> None:
         """Wait for a connection. What waiting does not mend is told at once, and why.
@@ -123,7 +135,8 @@ class Client:
         `patience_s`: so long a peer that cannot be reached is taken to be on its way up again.
         """
         began = time.monotonic()
-        state = self._channel.get_state(try_to_connect=True)
+        channel = self._connected
+        state = channel.get_state(try_to_connect=True)
         while state is not grpc.ChannelConnectivity.READY:
             if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
                 why = await refusal(self._at, self._credentials, self._dial)
@@ -132,12 +145,12 @@ class Client:
                     raise why
             left_s = CONNECT_S - (time.monotonic() - began)
             try:
-                await asyncio.wait_for(self._channel.wait_for_state_change(state), left_s)
+                await asyncio.wait_for(channel.wait_for_state_change(state), left_s)
             except TimeoutError:
                 raise PeerUnavailableError(
                     f"{self.address}: no agent answers within {CONNECT_S:g} s{await self._hint()}"
                 ) from None
-            state = self._channel.get_state(try_to_connect=True)
+            state = channel.get_state(try_to_connect=True)
 
     async def _hint(self) -> str:
         """What a peer that listens but does not answer may want."""
@@ -151,7 +164,7 @@ class Client:
 
     async def health(self) -> str:
         """SERVING, NOT_SERVING or UNKNOWN."""
-        check = health_pb2_grpc.HealthStub(self._channel).Check
+        check = health_pb2_grpc.HealthStub(self._connected).Check
         try:
             response = await check(health_pb2.HealthCheckRequest(), timeout=QUICK_S, metadata=self._shown())
         except grpc.RpcError as error:
@@ -159,6 +172,27 @@ class Client:
         known = health_pb2.HealthCheckResponse.ServingStatus.values()
         status = response.status if response.status in known else 0
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+
+    async def _told(self, error: grpc.RpcError) -> KvlinkError:
+        """The package's error for gRPC's; where there is no such service, which one answers instead."""
+        found = from_rpc_error(error, self.address)
+        if error.code() is not grpc.StatusCode.UNIMPLEMENTED or found.reported:
+            return found
+        check = health_pb2_grpc.HealthStub(self._connected).Check
+        others = []
+        for name in _SERVICES:
+            with contextlib.suppress(grpc.RpcError):
+                await check(
+                    health_pb2.HealthCheckRequest(service=name), timeout=QUICK_S, metadata=self._shown()
+                )
+                others.append(name)
+        own = self._service.full_name
+        if own in others:  # this method alone is not known there
+            return found
+        there = f"a {' and a '.join(others)}" if others else "no service of kvlink"
+        return RemoteProtocolError(
+            f"{self.address}: expected a {own}, found {there}: is the address another agent's?"
+        )
 
     def _shown(self, readers: Sequence[str] = (), asked_by: str = "") -> list[tuple[str, str]]:
         """Metadata of a call: the token that is meant for this peer, and who else may read or remove."""
@@ -173,7 +207,7 @@ class Client:
         method = self._service.methods_by_name[name]
         kinds = ("unary", "stream")
         arity = f"{kinds[method.client_streaming]}_{kinds[method.server_streaming]}"
-        return getattr(self._channel, arity)(
+        return getattr(self._connected, arity)(
             f"/{self._service.full_name}/{name}",
             request_serializer=_to_bytes,
             response_deserializer=None,
@@ -192,7 +226,7 @@ class Client:
         try:
             data = await call
         except grpc.RpcError as error:
-            raise from_rpc_error(error, self.address) from error
+            raise await self._told(error) from error
         return self._understood(name, data)
 
     async def _messages(self, name: str, request: Any, *, bulk: bool = False) -> AsyncGenerator[Any, None]:
@@ -205,9 +239,9 @@ class Client:
             while (data := await self._read(call, bulk)) is not grpc.aio.EOF:
                 yield self._understood(name, data)
             if await call.code() is not grpc.StatusCode.OK:
-                raise from_rpc_error(await error_of(call), self.address)
+                raise await self._told(await error_of(call))
         except grpc.RpcError as error:
-            raise from_rpc_error(error, self.address) from error
+            raise await self._told(error) from error
         finally:
             call.cancel()
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +18,12 @@ import grpc
 
 from kvlink.bounds import MESSAGE
 from kvlink.errors import KvlinkError, LimitError, PeerUnavailableError, RemoteProtocolError
+from kvlink.payload import TurnLike, turns_from
 from kvlink.transport import convert
 from kvlink.transport.api import Ask, Delivery, Fetch, Piece, Progress, Published, PushStatus
 from kvlink.transport.channel import CONNECT_S as CONNECT_S
 from kvlink.transport.channel import QUICK_S, Client, error_of
 from kvlink.transport.expected import Answered, Delivering, Pushing
-from kvlink.transport.status import from_rpc_error
 from kvlink.v1 import receiver_pb2, sender_pb2, wire_pb2
 from kvlink.wire.messages import TRANSFER_ID_BYTES
 from kvlink.wire.session import ReceiveSession
@@ -95,7 +95,7 @@ class ReceiverClient(Client):
                 raise RemoteProtocolError(f"{self.address}: {error}") from None
         code = await call.code()
         if code is not grpc.StatusCode.OK:
-            raise from_rpc_error(await error_of(call), self.address)
+            raise await self._told(await error_of(call))
         if not expected.answered:
             raise RemoteProtocolError(f"{self.address}: the receiver ended the call before it accepted")
 
@@ -113,7 +113,7 @@ class ReceiverClient(Client):
 
     async def _why(self, call: Any, error: Exception) -> KvlinkError:
         if isinstance(error, grpc.RpcError):
-            return from_rpc_error(error, self.address)
+            return await self._told(error)
         return PeerUnavailableError(f"{self.address}: the call ended: {await call.details()}")
 
     async def transfer_status(self, transfer_id: bytes) -> PushStatus:
@@ -165,7 +165,7 @@ class SenderClient(Client):
         self,
         text: str,
         lifetime_s: int = 0,
-        turns: Sequence[tuple[str, str]] = (),
+        turns: Iterable[TurnLike] = (),
         readers: Sequence[str] = (),
     ) -> Published:
         """Let the sender read a text and hold it; `readers` may use it beside this peer."""
@@ -174,7 +174,8 @@ class SenderClient(Client):
             text=text,
             lifetime_s=lifetime_s,
             earlier_turns=[
-                convert.request(wire_pb2.Turn, role=role, content=content) for role, content in turns
+                convert.request(wire_pb2.Turn, role=turn.role, content=turn.content)
+                for turn in turns_from(turns)
             ],
             readers=readers,
         )

@@ -12,12 +12,19 @@ import socket
 import ssl
 import time
 
-from kvlink.errors import CredentialsError, KvlinkError, PeerUnavailableError
+from kvlink.errors import CredentialsError, KvlinkError, PeerUnavailableError, RemoteProtocolError
 from kvlink.transport import certs
 from kvlink.transport.address import Address
 from kvlink.transport.credentials import Credentials, Dial
 
 _TRY_S = 2.0
+
+_OPENING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""What a client of HTTP/2 says first: the preface, and settings without a setting."""
+_SETTINGS = 4
+"""The type of the frame that a server of HTTP/2 says first, at byte 3."""
+_ALERT = b"\x15\x03"
+"""How TLS says that it did not understand."""
 
 _REASONS = {
     errno.ECONNREFUSED: "nobody listens there (connection refused)",
@@ -59,9 +66,27 @@ async def refusal(address: Address, credentials: Credentials | None, dial: Dial 
     if why:
         return PeerUnavailableError(f"{address}: {why}")
     if credentials is None or dial is None:
-        return None
+        return await _other_protocol(address)
     why = await _handshake(address, credentials, dial)
     return CredentialsError(f"{address}: no connection to {dial.name!r}: {why}") if why else None
+
+
+async def _other_protocol(address: Address) -> KvlinkError | None:
+    """The error of a peer that answers, and not as gRPC does; None where it says nothing."""
+    try:
+        async with asyncio.timeout(_TRY_S):
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+            with contextlib.closing(writer):
+                writer.write(_OPENING)
+                said = await reader.read(64)
+    except (OSError, TimeoutError):
+        return None
+    if said.startswith(_ALERT):
+        return CredentialsError(f"{address}: it speaks TLS: an agent with TLS needs --credentials here too")
+    if not said or said[3:4] == bytes((_SETTINGS,)):
+        return None
+    line = said.splitlines()[0].decode("ascii", "replace")
+    return RemoteProtocolError(f"{address}: no gRPC is spoken there: it answers {line!r}")
 
 
 async def _handshake(address: Address, credentials: Credentials, dial: Dial) -> str:

@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
 from kvlink.agent.receiver import Receiver
 from kvlink.agent.sender import Sender
 from kvlink.errors import ConfigError, ContextError, KvlinkError, ModelError, UnsupportedCacheError
-from kvlink.model.loading import check_config, load, wrap
+from kvlink.model.loading import check_config, embedded_folder, language_model, load, wrap
 from kvlink.model.restore import extract, join, view
 
 
@@ -183,3 +184,43 @@ def test_a_configuration_of_odd_values_is_refused_in_a_line(name, value, checkpo
     (folder / "config.json").write_text(json.dumps({**config, name: value}))
     with pytest.raises(KvlinkError, match="odd"):
         load(str(folder))
+
+
+def in_memory(folder):
+    return (
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto"),
+        AutoTokenizer.from_pretrained(folder),
+    )
+
+
+def test_a_model_in_memory_is_the_one_that_its_folder_loads(tiny):
+    """With its calibration, too: either end may have it from a name."""
+    lm = language_model(*in_memory(embedded_folder()))
+    assert lm.fingerprint == tiny.fingerprint
+    assert lm.profile is not None and lm.profile.digest == tiny.profile.digest
+    lm.sketch.require_match(tiny.sketch)
+    assert language_model(lm) is lm
+
+
+def test_a_model_whose_weights_were_changed_in_memory_is_another(tiny):
+    model, tokenizer = in_memory(embedded_folder())
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    lm = language_model(model, tokenizer)
+    assert lm.profile is None
+    assert lm.fingerprint.weights != tiny.fingerprint.weights
+
+
+def test_what_is_no_model_is_refused(tiny):
+    model, tokenizer = tiny.model, tiny.tokenizer
+    for given, options, message in (
+        ((model,), {}, "needs its tokenizer"),
+        ((model, tokenizer), {"dtype": "float32"}, "loaded already: dtype"),
+        ((tiny,), {"dtype": "float32"}, "loaded already: dtype"),
+        ((tiny, tokenizer), {}, "a tokenizer goes with"),
+        (("kvlink-tiny", tokenizer), {}, "a tokenizer goes with"),
+        ((tokenizer,), {}, "expected a name, a path or a transformers model"),
+        ((None,), {}, "got a NoneType"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            language_model(*given, **options)

@@ -149,3 +149,31 @@ def test_roles_are_checked():
 
 def test_a_tokenizer_without_a_chat_template_gets_the_plain_one(tiny):
     assert template_for(tiny.tokenizer).template_id == "plain/1"
+
+
+@pytest.mark.parametrize(
+    "made", [Turn, lambda role, content: (role, content), lambda r, c: {"role": r, "content": c}]
+)
+def test_earlier_turns_are_taken_as_people_have_them(tiny, made):
+    turns = [made("user", "Hello."), made("assistant", "Go on.")]
+    read = kvlink.Sender(tiny).cut("Tavik is a town.", turns)
+    assert read.prompt.turns == (Turn("user", "Hello."), Turn("assistant", "Go on."))
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([{"role": "user", "content": "x", "tool_calls": []}], "turn 0: .*role, content, tool_calls"),
+        ([("user", "x"), {"role": "user"}], "turn 1: .*got role"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "content is a text"),
+        ([("user", None)], "content is a text"),
+        ([("tool", "x")], "role must be one of"),
+        ([("user",)], "turn 0: expected"),
+        ("user: x", "turn 0: expected"),
+        ({"role": "user", "content": "x"}, "turn 0: expected"),
+        ([None], "turn 0: expected"),
+    ],
+)
+def test_what_is_no_turn_is_refused(tiny, turns, message):
+    with pytest.raises(ContextError, match=message):
+        kvlink.Sender(tiny).cut("Tavik is a town.", turns)
