@@ -102,24 +102,25 @@ class KVCache:
 
         Layers with a sliding window stay whole. The cache must be a full one.
         """
-        layers = []
-        for index, layer in enumerate(self.layers):
-            if layer.sliding:
-                layers.append(layer)
-                continue
-            heads, _, size = layer.keys.shape
-            chosen = positions if positions.ndim == 1 else positions[index]
-            chosen = chosen.expand(heads, -1) if chosen.ndim == 1 else chosen
-            at = chosen.to(layer.keys.device)[..., None].expand(-1, -1, size)
-            layers.append(LayerCache(layer.keys.gather(1, at), layer.values.gather(1, at), chosen))
-        return replace(self, layers=tuple(layers))
+        return replace(self, layers=tuple(self.layer(index, positions) for index in range(len(self.layers))))
 
-    def without(self, positions: Tensor) -> KVCache:
-        """The cache at all other positions than `positions`, given as for `select`."""
+    def layer(self, index: int, positions: Tensor | None) -> LayerCache:
+        """One layer at `positions`, given as for `select`; None: as it is."""
+        layer = self.layers[index]
+        if layer.sliding or positions is None:
+            return layer
+        heads, _, size = layer.keys.shape
+        chosen = positions if positions.ndim == 1 else positions[index]
+        chosen = chosen.expand(heads, -1) if chosen.ndim == 1 else chosen
+        at = chosen.to(layer.keys.device)[..., None].expand(-1, -1, size)
+        return LayerCache(layer.keys.gather(1, at), layer.values.gather(1, at), chosen)
+
+    def others(self, positions: Tensor) -> Tensor:
+        """All other positions than `positions`, given as for `select`: `[L, Hkv, T − K]` int64, ascending."""
         layers, heads = len(self.layers), self.layers[0].keys.shape[0]
         sets = positions if positions.ndim == 3 else positions.expand(layers, heads, -1)
         lacking = torch.ones(layers, heads, self.tokens, dtype=torch.bool).scatter_(2, sets, False)
-        return self.select(lacking.nonzero()[:, 2].reshape(layers, heads, -1))
+        return lacking.nonzero()[:, 2].reshape(layers, heads, -1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from blake3 import blake3
 from kvlink.agent.builder import restored
 from kvlink.cache import KVCache, LayerCache, full_positions
 from kvlink.codecs import LowRank, Transform
-from kvlink.compress.codec import encode
+from kvlink.compress.codec import SegmentPlan, encode
 from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import pack_part
 from kvlink.model.rotary import Rotation
@@ -89,12 +89,12 @@ def segments(full: KVCache, recipe: Recipe, kept: tuple[int, ...] | None) -> lis
     if recipe.mode == "text":
         return [Segment.of_text(pack_part("text", TEXT.encode(), "zstd"))]
     if kept is None:
-        return [encode(full, recipe.codec, recipe.coder, known())]
+        return [encode(SegmentPlan.of(full, recipe.codec), recipe.coder, known())]
     positions = torch.tensor(kept)
-    found = [encode(full.select(positions), recipe.codec, recipe.coder, known())]
+    plans = [SegmentPlan.of(full, recipe.codec, positions)]
     if recipe.background is not None:
-        found.append(encode(full.without(positions), recipe.background, recipe.coder, known(), rest=True))
-    return found
+        plans.append(SegmentPlan.of(full, recipe.background, full.others(positions), rest=True))
+    return [encode(plan, recipe.coder, known()) for plan in plans]
 
 
 def digest(found: KVCache, recipe: Recipe) -> str | float:

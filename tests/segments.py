@@ -8,7 +8,7 @@ import torch
 
 from kvlink.agent.builder import restored
 from kvlink.cache import KVCache
-from kvlink.compress.codec import encode
+from kvlink.compress.codec import SegmentPlan, encode
 from kvlink.compress.codecs import CodecContext
 from kvlink.payload import CacheShape, Segment
 from kvlink.recipe import Recipe
@@ -18,12 +18,10 @@ def encoded(
     cache: KVCache, recipe: Recipe, context: CodecContext | None = None, kept: torch.Tensor | None = None
 ) -> list[Segment]:
     """`cache` as it is; with `kept` `[K]` these positions, and where there is a background the others too."""
-    if kept is None:
-        return [encode(cache, recipe.codec, recipe.coder, context)]
-    out = [encode(cache.select(kept), recipe.codec, recipe.coder, context)]
-    if recipe.background is not None:
-        out.append(encode(cache.without(kept), recipe.background, recipe.coder, context, rest=True))
-    return out
+    plans = [SegmentPlan.of(cache, recipe.codec, kept)]
+    if kept is not None and recipe.background is not None:
+        plans.append(SegmentPlan.of(cache, recipe.background, cache.others(kept), rest=True))
+    return [encode(plan, recipe.coder, context) for plan in plans]
 
 
 def decoded(segments: Sequence[Segment], shape: CacheShape, context: CodecContext | None = None) -> KVCache:

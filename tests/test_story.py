@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 
 from kvlink.agent import builder
-from kvlink.agent.sender import count_bytes
+from kvlink.agent.transfer import count_bytes
 from kvlink.cache import KVCache
-from kvlink.compress.codec import encode
+from kvlink.compress.codec import SegmentPlan, encode
 from kvlink.compress.codecs import CodecContext
 from kvlink.compress.select import choose_positions
 from kvlink.model.generate import answer
@@ -42,7 +42,7 @@ def test_the_story(tiny):
     kept = cache.select(choose_positions(evidence, recipe.selection, cache.shape))
 
     # It codes them and frames them: a manifest, one segment, an end.
-    segment = encode(kept, recipe.codec, recipe.coder)
+    segment = encode(SegmentPlan.of(kept, recipe.codec), recipe.coder)
     prompt = tiny.template.prompt()
     session = SendSession(Manifest(b"t" * 16, tiny.fingerprint, cache.shape, recipe, prompt, b"c" * 16))
     frames = list(session.transfer([segment]))

@@ -25,7 +25,8 @@ from kvlink.profile import Profile
 from kvlink.recipe import PLAIN_RECIPE, Amount, Recipe, Selection, Target
 
 if TYPE_CHECKING:
-    from kvlink.agent.sender import Context, Look, Sender, Transfer
+    from kvlink.agent.sender import Context, Look, Sender
+    from kvlink.agent.transfer import Transfer
 
 INT8_GRADE = -12
 """Code of the step that stands for INT8 where nothing is known of a model: 1/8."""
@@ -174,7 +175,7 @@ class Packing:
         began, sender = time.perf_counter(), self._sender
         draft = (self._look.draft if self._look else None) or sender.draft(self._context, self._question)
         for escalations in range(_ESCALATIONS + 1):
-            transfer = replace(transfer, draft=draft)
+            transfer.draft = draft
             found = sender.certify(self._context, self._question, transfer, escalations)
             next_recipe = transfer.manifest.recipe.finer()
             if found.passed or next_recipe is None or escalations == _ESCALATIONS:
@@ -183,8 +184,8 @@ class Packing:
             transfer = self._pack(next_recipe)
         self._require_met(transfer)
         told = replace(found, seconds=time.perf_counter() - began)
-        receipt = replace(transfer.receipt.with_stages(verify=told.seconds), certificate=told)
-        return replace(transfer, receipt=receipt)
+        transfer.note({"verify": told.seconds}, told)
+        return transfer
 
     def _require_met(self, transfer: Transfer) -> None:
         """What was made finer must still be as small as was asked. Raises LimitError."""

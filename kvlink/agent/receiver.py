@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from kvlink.agent.builder import Builder
 from kvlink.agent.profiles import Profiles
-from kvlink.agent.sender import count_bytes
+from kvlink.agent.transfer import count_bytes
 from kvlink.agent.uses import require_usable
 from kvlink.cache import KVCache
 from kvlink.codecs import AUTO_CALIBRATION, Codec, Transform

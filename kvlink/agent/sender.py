@@ -2,7 +2,7 @@
 
 `Sender.pack` is the sender's whole path:
 
-    look (draft, evidence) → select → encode → frame
+    look (draft, evidence) → select → a transfer that encodes and frames as it is read
 
 Does not know: sockets (the service does). Place on the path: its first half.
 """
@@ -14,7 +14,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,10 +24,11 @@ from torch import Tensor
 
 from kvlink.agent.adapt import Packing, automatic
 from kvlink.agent.builder import restored
+from kvlink.agent.transfer import Outline, Transfer, outlined, outlined_text
 from kvlink.agent.uses import require_usable
 from kvlink.cache import Evidence, KVCache
 from kvlink.codecs import AUTO_CALIBRATION, NO_CALIBRATION, Codec, Transform
-from kvlink.compress.codec import encode
+from kvlink.compress.codec import SegmentPlan
 from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import pack_part
 from kvlink.compress.select import choose_positions, kept_count, needs, score
@@ -39,15 +40,13 @@ from kvlink.model.generate import Answer, answer, divergence, logits_along
 from kvlink.model.loading import EMBEDDED, LanguageModel, language_model
 from kvlink.model.prefill import prefill, read_context, read_press, read_question
 from kvlink.model.restore import cache_shape
-from kvlink.payload import Prompt, Segment, TurnLike, count_kinds, turns_from
+from kvlink.payload import Prompt, TurnLike, turns_from
 from kvlink.receipt import Certificate, Receipt
 from kvlink.recipe import AUTO, DEFAULT_RECIPE, Amount, Recipe, Selection, Target
 from kvlink.transport.api import Explanation
-from kvlink.transport.link import grpc_bytes
-from kvlink.wire.file import Writable, write_frames
 from kvlink.wire.layout import kept_share, kept_tokens
 from kvlink.wire.messages import TRANSFER_ID_BYTES, Manifest
-from kvlink.wire.session import CHUNK_BYTES, SendSession, read_transfer
+from kvlink.wire.session import CHUNK_BYTES, read_transfer
 
 DRAFT_TOKENS = 24
 _FIT_ROUNDS = 6
@@ -105,20 +104,6 @@ class Look:
     evidence: Evidence = field(default_factory=Evidence)
     draft: Answer | None = None
     stage_s: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """A packed transfer: all its frames, what they cost, and the draft if one was made."""
-
-    manifest: Manifest
-    frames: tuple[bytes, ...]
-    receipt: Receipt
-    draft: Answer | None = None
-
-    def write(self, out: Writable) -> int:
-        """Write a `.kvl` file; returns its bytes."""
-        return write_frames(self.frames, out)
 
 
 class Sender:
@@ -260,11 +245,10 @@ class Sender:
                 raise RecipeError("the context has no text that is cut into its token ids: send its cache")
             part = pack_part("text", context.text.encode(), recipe.coder)
             clock.lap("encode")
-            return self._frame(context, recipe, [Segment.of_text(part)], clock, None)
+            return self._framed(context, recipe, [outlined_text(part)], clock, None)
         if recipe.selection.amount.unit == "bytes":
-            return self._fit(context, recipe, look.evidence, clock, look.draft)
-        segments = self._segments(context, recipe, look.evidence, clock)
-        return self._frame(context, recipe, segments, clock, look.draft)
+            return self._fit(context, recipe, look, clock)
+        return self._planned(context, recipe, look, clock)
 
     def certify(
         self, context: Context, question: str, transfer: Transfer, escalations: int = 0
@@ -333,29 +317,27 @@ class Sender:
                 context.evidence[key] = found
             return context.evidence[key]
 
-    def _segments(self, context: Context, recipe: Recipe, evidence: Evidence, clock: _Clock) -> list[Segment]:
-        """Choose the positions and code them; with a background the others too, in a segment behind."""
+    def _planned(self, context: Context, recipe: Recipe, look: Look, clock: _Clock) -> Transfer:
+        """Choose the positions; with a background the others come too, in a segment behind."""
         selection, cache = recipe.selection, context.cache
-        parts: list[tuple[KVCache, Codec]] = [(cache, recipe.codec)]
-        if selection.method != "all":
-            positions = choose_positions(evidence, selection, cache.shape)
+        if selection.method == "all":
+            plans = [SegmentPlan.of(cache, recipe.codec)]
+        else:
+            positions = choose_positions(look.evidence, selection, cache.shape)
             if selection.when == "during":
-                parts = [(prefill(self.lm, context.ids, positions), recipe.codec)]
+                plans = [SegmentPlan.of(prefill(self.lm, context.ids, positions), recipe.codec)]
             else:
-                parts = [(cache.select(positions), recipe.codec)]
+                plans = [SegmentPlan.of(cache, recipe.codec, positions)]
             if recipe.background is not None and positions.shape[-1] < cache.tokens:
-                parts.append((cache.without(positions), recipe.background))
+                others = cache.others(positions)
+                plans.append(SegmentPlan.of(cache, recipe.background, others, rest=True))
         clock.lap("select")
-        segments = [
-            encode(kept, codec, recipe.coder, self._codec_context(codec, context), rest=number > 0)
-            for number, (kept, codec) in enumerate(parts)
+        outlines = [
+            outlined(plan, recipe.coder, lambda codec: self._codec_context(codec, context)) for plan in plans
         ]
-        clock.lap("encode")
-        return segments
+        return self._framed(context, recipe, outlines, clock, look.draft)
 
-    def _fit(
-        self, context: Context, recipe: Recipe, evidence: Evidence, clock: _Clock, draft: Answer | None
-    ) -> Transfer:
+    def _fit(self, context: Context, recipe: Recipe, look: Look, clock: _Clock) -> Transfer:
         """The largest count of tokens whose transfer fits the byte budget, by measured sizes."""
         budget, tokens = int(recipe.selection.amount.value), context.cache.tokens
         low, high, best = 0, tokens + 1, None
@@ -365,9 +347,9 @@ class Sender:
             selection = counted.selection
             if kept_count(selection, tokens) != guess:  # sinks and recent tokens are always in
                 guess = kept_count(selection, tokens)
-            segments = self._segments(context, counted, evidence, clock)
-            transfer = self._frame(context, counted, segments, clock, draft)
+            transfer = self._planned(context, counted, look, clock)
             size = transfer.receipt.wire_bytes
+            clock.lap("encode")
             if size <= budget:
                 low, best = guess, transfer
             else:
@@ -380,15 +362,11 @@ class Sender:
             raise LimitError(
                 f"no cache fits {budget} bytes: the smallest transfer takes {size}; send the text instead"
             )
-        return Transfer(best.manifest, best.frames, best.receipt.with_stages(**clock.stage_s), draft)
+        best.note(clock.stage_s)
+        return best
 
-    def _frame(
-        self,
-        context: Context,
-        recipe: Recipe,
-        segments: Sequence[Segment],
-        clock: _Clock,
-        draft: Answer | None,
+    def _framed(
+        self, context: Context, recipe: Recipe, outlines: list[Outline], clock: _Clock, draft: Answer | None
     ) -> Transfer:
         manifest = Manifest(
             transfer_id=clock.transfer_id or bytes(TRANSFER_ID_BYTES),
@@ -400,37 +378,24 @@ class Sender:
             text_bytes=len(context.text.encode()) if recipe.mode == "text" else 0,
             sketch=self.lm.sketch if recipe.mode == "kv" else None,
         )
-        session = SendSession(manifest, self._chunk_bytes)
-        frames = tuple(session.transfer(segments))
-        kinds = count_kinds(group for one in segments for group in one.groups)
+        headers = [header for header, _ in outlines]
         receipt = Receipt(
             transfer_id=manifest.transfer_id.hex(),
             recipe=str(recipe),
             context_tokens=context.cache.tokens,
-            kept_tokens=kept_tokens([one.header for one in segments], recipe),
-            kept_share=kept_share([one.header for one in segments], manifest.shape),
-            segments=len(segments),
+            kept_tokens=kept_tokens(headers, recipe),
+            kept_share=kept_share(headers, manifest.shape),
+            segments=len(outlines),
             element_count=manifest.shape.element_count,
             stage_s=dict(clock.stage_s),
-            bytes=count_bytes([len(frame) for frame in frames], kinds),
         )
-        return Transfer(manifest, frames, receipt, draft)
+        return Transfer(manifest, outlines, receipt, draft, self._chunk_bytes)
 
 
 def evidence_key(selection: Selection) -> tuple[Any, ...]:
     """What captured evidence depends on: method and window; a press may look at the amount too."""
     amount = (selection.amount,) if selection.press else ()
     return (selection.name, selection.window, *amount)
-
-
-def count_bytes(frame_bytes: Sequence[int], kinds: dict[str, int]) -> dict[str, int]:
-    """Bytes by kind of a transfer on gRPC; their sum is all that travels, TCP and IP excepted."""
-    return {
-        "manifest": frame_bytes[0],
-        **{kind: count for kind, count in kinds.items() if count},
-        "framing": sum(frame_bytes[1:]) - sum(kinds.values()),
-        "grpc": grpc_bytes(frame_bytes),
-    }
 
 
 def _require_finite(cache: KVCache) -> None:

@@ -9,25 +9,27 @@ Does not know: gRPC. Place on the path: the sender's edge.
 from __future__ import annotations
 
 import asyncio
-import itertools
+import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import ExitStack, aclosing
-from dataclasses import replace
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
+from dataclasses import MISSING, fields, is_dataclass, replace
+from typing import Any
 
 from blake3 import blake3
 
 from kvlink._release import RELEASE
 from kvlink.agent.admission import Gate
-from kvlink.agent.outbox import Outbox, Packed
-from kvlink.agent.sender import Context, Sender, Transfer
+from kvlink.agent.outbox import Outbound, Outbox
+from kvlink.agent.sender import Context, Sender
 from kvlink.agent.settings import LOOPBACK_PEERS, SenderSettings
 from kvlink.agent.shares import Whose
 from kvlink.agent.staging import Staging
 from kvlink.agent.store import Store
 from kvlink.agent.threads import to_thread
+from kvlink.agent.transfer import Transfer
 from kvlink.codecs import Transform
 from kvlink.defaults import CALL_S
 from kvlink.errors import (
@@ -126,20 +128,25 @@ class SenderService:
         if fetch.next_sequence and await to_thread(self.outbox.peek, key, caller.name) is None:
             raise NotFoundError("the transfer is not here any more; fetch again from frame 0")
         chosen = self._recipe(fetch.recipe, fetch.target)
-        with self.store.lease(fetch.context_id, caller.name) as context:
 
-            async def pack() -> Transfer:
-                return await self._pack(context, fetch.question, chosen, fetch.target, key, caller)
+        @asynccontextmanager
+        async def pack() -> AsyncIterator[Transfer]:
+            with self.store.lease(fetch.context_id, caller.name) as context:
+                async with self._packing(
+                    context, fetch.question, chosen, fetch.target, key, caller
+                ) as transfer:
+                    yield transfer
 
-            packed = await self.outbox.get(key, caller, _digest(replace(fetch, next_sequence=0)), pack)
+        held = await self.outbox.get(key, caller, request_digest(replace(fetch, next_sequence=0)), pack)
+        number = fetch.next_sequence
         try:
-            frames = packed.transfer.frames if packed.transfer else ()
-            if fetch.next_sequence > len(frames):
-                raise InputError(f"frame {fetch.next_sequence} of a transfer of {len(frames)} frames")
-            for frame in frames[fetch.next_sequence :]:
+            while (frame := await held.frame(number)) is not None:
                 yield frame
+                number += 1
+            if held.count is not None and fetch.next_sequence > held.count:
+                raise InputError(f"frame {fetch.next_sequence} of a transfer of {held.count} frames")
         finally:
-            self.outbox.leave(packed)
+            self.outbox.leave(held)
 
     async def deliver_cache(
         self, delivery: Delivery, caller: Caller = NOBODY
@@ -154,18 +161,24 @@ class SenderService:
                 "only who sends the text is told what was chosen of it; a handle does not show it"
             )
         key = delivery.delivery_id or secrets.token_bytes(TRANSFER_ID_BYTES)
-        with self.observer.span("deliver", caller.trace, transfer=key.hex()) as span, ExitStack() as held:
+        with self.observer.span("deliver", caller.trace, transfer=key.hex()) as span, ExitStack() as here:
             caller = replace(caller, trace=span.parent)
             async with self._dial(delivery.receiver, caller) as peer:
                 there = await self._compare(peer, recipe)
-            contexts = _Contexts(self, delivery, caller, held)
+            contexts = _Contexts(self, delivery, caller)
+            here.enter_context(contexts.used())
 
-            async def pack() -> Transfer:
-                context = await contexts.get()
-                found = await self._pack(context, delivery.question, recipe, delivery.target, key, caller)
-                return replace(found, receipt=found.receipt.with_stages(prefill=contexts.prefill_s))
+            @asynccontextmanager
+            async def pack() -> AsyncIterator[Transfer]:
+                with contexts.used():
+                    context = await contexts.get()
+                    async with self._packing(
+                        context, delivery.question, recipe, delivery.target, key, caller
+                    ) as transfer:
+                        transfer.note({"prefill": contexts.prefill_s})
+                        yield transfer
 
-            packed = await self.outbox.get(key, caller, _digest(delivery), pack)
+            packed = await self.outbox.get(key, caller, request_digest(delivery), pack)
             packed.receiver = delivery.receiver
             try:
                 async with aclosing(self._deliver(packed, delivery, there, contexts, caller)) as told:
@@ -188,28 +201,25 @@ class SenderService:
                     self.outbox.forget(key)
 
     async def _deliver(
-        self, packed: Packed, delivery: Delivery, there: Capabilities, contexts: _Contexts, caller: Caller
+        self, packed: Outbound, delivery: Delivery, there: Capabilities, contexts: _Contexts, caller: Caller
     ) -> AsyncGenerator[Progress, None]:
-        """Push what is packed, then say what it cost."""
-        transfer = packed.transfer
-        if transfer is None:  # pragma: no cover - the outbox gives packed transfers only
-            raise NotFoundError("the transfer is not here any more")
-        sent = list(itertools.accumulate(len(frame) for frame in transfer.frames))
-        total = sent[-1]
-        yield Progress(0, total)
+        """Push what is packed, as it is packed; then say what it cost."""
+        transfer, sent = packed.transfer, _Sent(packed.transfer)
+        yield Progress(0, transfer.most_bytes)
         await self._send_profile(delivery.receiver, transfer, there, caller)
         status = PushStatus("failed", 0)
         wire_s, socket_bytes = 0.0, 0
-        async with aclosing(self._push(delivery, transfer, caller)) as pushed:
+        async with aclosing(self._push(delivery, packed, caller)) as pushed:
             async for item in pushed:
                 if isinstance(item, int):
-                    yield Progress(sent[item], total)
+                    yield Progress(sent.until(item), transfer.most_bytes)
                 else:
                     status, wire_s, socket_bytes = item
         # Of what the receiver says of its time only what it alone can know.
         stages = {name: s for name, s in status.receipt.stage_s.items() if name in ("decode", "read")}
-        stages["wire"] = max(0.0, wire_s - sum(stages.values()))
-        receipt = replace(transfer.receipt.with_stages(**stages), socket_bytes=socket_bytes)
+        stages["wire"] = max(0.0, wire_s - packed.waited_s - sum(stages.values()))
+        receipt = replace((await packed.packed()).with_stages(**stages), socket_bytes=socket_bytes)
+        total = transfer.most_bytes
         log.info(
             "transfer delivered: %d bytes, %s", receipt.wire_bytes, receipt.recipe,
             extra={"transfer": receipt.transfer_id, "receiver": delivery.receiver, "peer": caller.name,
@@ -235,7 +245,7 @@ class SenderService:
             if packed.receiver:
                 self._give_up(delivery_id, packed, caller)
 
-    def _give_up(self, key: bytes, packed: Packed, caller: Caller) -> None:
+    def _give_up(self, key: bytes, packed: Outbound, caller: Caller) -> None:
         """Tell the receiver, without anybody waiting for it."""
 
         async def tell() -> None:
@@ -250,7 +260,7 @@ class SenderService:
         task.add_done_callback(self._telling.discard)
 
     async def _push(
-        self, delivery: Delivery, transfer: Transfer, caller: Caller
+        self, delivery: Delivery, packed: Outbound, caller: Caller
     ) -> AsyncGenerator[int | tuple[PushStatus, float, int], None]:
         """Push frames, again after a cut and from where the receiver is, until it is complete."""
         address = delivery.receiver
@@ -265,7 +275,7 @@ class SenderService:
                 async with self._dial(address, caller, CONNECT_S) as peer:
                     before = peer.socket_count()
                     pushing = peer.push(
-                        transfer.frames, timeout_s=max(left_s, 0.001), asked_by=caller.name, fresh=fresh
+                        packed, timeout_s=max(left_s, 0.001), asked_by=caller.name, fresh=fresh
                     )
                     fresh = False
                     async with aclosing(pushing) as told:
@@ -280,26 +290,32 @@ class SenderService:
                                 return
                 raise RemoteProtocolError(f"{address}: the receiver ended the call before it was complete")
             except (TransportError, BusyError) as error:
+                if error is packed.error:  # it is this agent that has no room
+                    raise
                 failed += 1
                 pause_s = max(self.settings.retry_pause_s * failed, error.retry_after_s)
                 spent = time.perf_counter() - began + pause_s
                 if failed >= self.settings.attempts or spent > last_s:
                     raise
-                log.warning("trying again: %s", error, extra={"transfer": transfer.receipt.transfer_id})
+                log.warning(
+                    "trying again: %s", error, extra={"transfer": packed.transfer.manifest.transfer_id.hex()}
+                )
                 await asyncio.sleep(pause_s)
 
-    async def _pack(
+    @asynccontextmanager
+    async def _packing(
         self, context: Context, question: str, recipe: Recipe, target: Target, key: bytes, caller: Caller
-    ) -> Transfer:
+    ) -> AsyncIterator[Transfer]:
+        """A transfer whose frames may be made until this is left."""
         with (
             await self._work.enter(caller.account),
             self.observer.span("pack", caller.trace, transfer=key.hex()) as span,
         ):
             found = await to_thread(self._sender.pack, context, question, recipe, target, None, key)
+            yield found
             for line in found.receipt.warnings:
                 log.warning("%s", line, extra={"transfer": found.receipt.transfer_id})
             span.attributes |= {"recipe": found.receipt.recipe, "wire_bytes": found.receipt.wire_bytes}
-            return found
 
     async def _send_profile(
         self, address: str, transfer: Transfer, there: Capabilities, caller: Caller
@@ -372,12 +388,24 @@ class SenderService:
 
 
 class _Contexts:
-    """The context of one delivery, read or leased when it is first needed, kept until `held` is left."""
+    """The context of one delivery, read or leased when it is first needed, kept while anybody uses it."""
 
-    def __init__(self, service: SenderService, delivery: Delivery, caller: Caller, held: ExitStack) -> None:
-        self._service, self._delivery, self._caller, self._held = service, delivery, caller, held
+    def __init__(self, service: SenderService, delivery: Delivery, caller: Caller) -> None:
+        self._service, self._delivery, self._caller = service, delivery, caller
+        self._held, self._users = ExitStack(), 0
         self._found: Context | None = None
         self.prefill_s = 0.0
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._found = None
+                self._held.close()
 
     async def get(self) -> Context:
         if self._found is None:
@@ -395,9 +423,40 @@ class _Contexts:
         return self._found
 
 
-def _digest(request: Delivery | Fetch) -> str:
-    """What tells one request from another."""
-    return blake3(repr(request).encode()).hexdigest()
+class _Sent:
+    """Bytes of a transfer's frames from the first one on."""
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+        self._ends: list[int] = []
+
+    def until(self, number: int) -> int:
+        """Bytes of the frames up to `number`, which were made."""
+        while len(self._ends) <= number:
+            frame = self._transfer.made(len(self._ends)) or b""
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(frame))
+        return self._ends[number]
+
+
+def request_digest(request: Delivery | Fetch) -> str:
+    """What tells one request from another: what it asks for beyond what is asked for where nobody says so,
+    so that a request stays the same when a later release knows another field."""
+    return blake3(json.dumps(_asked(request), sort_keys=True).encode()).hexdigest()
+
+
+def _asked(value: Any) -> dict[str, Any]:
+    asked: dict[str, Any] = {}
+    for field in fields(value):
+        found = getattr(value, field.name)
+        if field.default_factory is not MISSING:
+            default: Any = field.default_factory()
+        else:
+            default = field.default
+        if found != default:
+            asked[field.name] = (
+                _asked(found) if is_dataclass(found) else found.hex() if isinstance(found, bytes) else found
+            )
+    return asked
 
 
 def _counted(before: SocketCount | None, after: SocketCount | None) -> int:

@@ -12,6 +12,7 @@ select and frame at the sender, between deframe and the builder at the receiver.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -25,50 +26,64 @@ from kvlink.payload import Adds, CacheShape, EncodedTensor, Group, Part, Segment
 from kvlink.recipe import Coder
 
 
-def header_of(cache: KVCache, codec: Codec, adds: Adds = "positions", *, rest: bool = False) -> SegmentHeader:
-    """The header of a segment that brings all positions of `cache`. `rest`: they are all that are missing,
-    or for a refinement all that are there, so that no map is needed; layers with a sliding window came before.
-    """
-    sets = position_sets(cache)
-    kept = int(sets.shape[1])
-    needs_map = not rest and kept != cache.tokens
-    sliding = adds == "positions" and not rest and any(layer.sliding for layer in cache.layers)
-    return SegmentHeader(adds, codec, kept, len(sets) if needs_map else 0, sliding)
+@dataclass(frozen=True, slots=True)
+class SegmentPlan:
+    """A segment that is still to be coded: `positions` of `cache`, given as for `KVCache.select`; None: all
+    that it holds."""
+
+    header: SegmentHeader
+    cache: KVCache
+    positions: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        cache: KVCache,
+        codec: Codec,
+        positions: Tensor | None = None,
+        adds: Adds = "positions",
+        *,
+        first: bool = True,
+        rest: bool = False,
+    ) -> SegmentPlan:
+        """`first`: no segment came before, so layers with a sliding window come with this one. `rest`: the
+        positions are all that are missing, or for a refinement all that are there, so that no map is needed."""
+        sets = position_sets(cache, positions)
+        kept = int(sets.shape[1])
+        needs_map = not rest and kept != cache.tokens
+        sliding = adds == "positions" and first and not rest and any(layer.sliding for layer in cache.layers)
+        return cls(SegmentHeader(adds, codec, kept, len(sets) if needs_map else 0, sliding), cache, positions)
 
 
-def encode_groups(
-    cache: KVCache, header: SegmentHeader, coder: Coder, context: CodecContext | None = None
-) -> Iterator[Group]:
-    """The groups of a segment in their order, each coded when it is asked for. `context`: for a transform.
+def encode_groups(plan: SegmentPlan, coder: Coder, context: CodecContext | None = None) -> Iterator[Group]:
+    """The groups of a segment in their order, each coded when it is asked for, with no more in memory than
+    one layer's. `context`: for a transform.
 
     Raises CodecError where a number is not finite and the codec is not raw or lossless.
     """
+    header, cache = plan.header, plan.cache
     if header.map_sets:
-        yield encode_map(position_sets(cache), cache.tokens, coder)
-    for index, layer in enumerate(cache.layers):
-        if layer.sliding and not header.sliding:
+        yield encode_map(position_sets(cache, plan.positions), cache.tokens, coder)
+    for index, held in enumerate(cache.layers):
+        if held.sliding and not header.sliding:
             continue
-        coded = [
-            encode_tensor(
-                _codec(header), tensor, Place(index, side, layer.positions), coder, context or CodecContext()
-            )
-            for side, tensor in zip(SIDES, (layer.keys, layer.values), strict=True)
-        ]
-        parts: tuple[Part, ...] = tuple(part for tensor in coded for part in tensor.parts)
-        yield Group(parts, tuple(tensor.scale_bytes for tensor in coded))
+        yield _encode_layer(
+            cache.layer(index, plan.positions), index, _codec(header), coder, context or CodecContext()
+        )
 
 
-def encode(
-    cache: KVCache,
-    codec: Codec,
-    coder: Coder = "zstd",
-    context: CodecContext | None = None,
-    *,
-    rest: bool = False,
-) -> Segment:
-    """A whole segment of all positions of `cache`."""
-    header = header_of(cache, codec, rest=rest)
-    return Segment(header, tuple(encode_groups(cache, header, coder, context)))
+def _encode_layer(layer: LayerCache, index: int, codec: Codec, coder: Coder, context: CodecContext) -> Group:
+    coded = [
+        encode_tensor(codec, tensor, Place(index, side, layer.positions), coder, context)
+        for side, tensor in zip(SIDES, (layer.keys, layer.values), strict=True)
+    ]
+    parts: tuple[Part, ...] = tuple(part for tensor in coded for part in tensor.parts)
+    return Group(parts, tuple(tensor.scale_bytes for tensor in coded))
+
+
+def encode(plan: SegmentPlan, coder: Coder = "zstd", context: CodecContext | None = None) -> Segment:
+    """A whole segment."""
+    return Segment(plan.header, tuple(encode_groups(plan, coder, context)))
 
 
 def decode_layer(

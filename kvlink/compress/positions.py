@@ -18,16 +18,19 @@ from kvlink.payload import Group, Part
 from kvlink.recipe import Coder
 
 
-def position_sets(cache: KVCache) -> Tensor:
-    """The distinct position sets `[S, K]` of a cache: one where all heads share it, else one for each head of
-    each layer without a sliding window."""
-    full = [layer.positions for layer in cache.layers if not layer.sliding]
+def position_sets(cache: KVCache, positions: Tensor | None = None) -> Tensor:
+    """The distinct sets `[S, K]` of `positions`, given as for `KVCache.select`, or of all that `cache` holds:
+    one where all heads share it, else one for each head of each layer without a sliding window."""
+    full = [index for index, layer in enumerate(cache.layers) if not layer.sliding]
     if not full:
         return torch.arange(cache.tokens)[None]
-    first = full[0][0]
-    if all(bool((positions == first).all()) for positions in full):
+    if positions is not None and positions.ndim == 1:
+        return positions[None]
+    each = [cache.layers[index].positions if positions is None else positions[index] for index in full]
+    first = each[0][0]
+    if all(bool((one == first).all()) for one in each):
         return first[None]
-    return torch.cat(full)
+    return torch.cat(each)
 
 
 def encode_map(sets: Tensor, tokens: int, coder: Coder) -> Group:

@@ -84,7 +84,7 @@ def quantize(tensor: Tensor, quantizer: Quantizer, scale_bytes: int = 2) -> tupl
     stored = [torch.cat([p[i] for p in parameters], -1) for i in range(len(parameters[0]))]
     scale_bytes = max(scale_bytes, _scale_bytes(stored[0], stored[-1]))
     stored = _store(stored, quantizer, scale_bytes)
-    codes = _apply(_wide(lines, scale_bytes), stored, quantizer, _encode_block).to(torch.uint8)
+    codes = _apply(_wide(lines, scale_bytes), stored, quantizer, _encode_block, torch.uint8)
     codes = codes if quantizer.axis == "token" else codes.transpose(1, 2)
     dtype = "<f2" if scale_bytes == 2 else "<f4"
     scales = b"".join(part.numpy().astype(dtype).tobytes() for part in stored)
@@ -114,7 +114,8 @@ def dequantize(
     if not np.isfinite(numbers).all():
         raise CodecError("a scale is not finite")
     stored = list(torch.from_numpy(numbers).reshape(parts, heads, lines.shape[1], groups))
-    out = _apply(_wide(lines, scale_bytes), stored, quantizer, _decode_block)
+    wide = _wide(lines, scale_bytes)
+    out = _apply(wide, stored, quantizer, _decode_block, wide.dtype)
     if scale_bytes == 4:
         largest = torch.finfo(torch.float32).max
         out = out.clamp_(-largest, largest).float()
@@ -147,14 +148,19 @@ def _blocks(lines: Tensor, group: int) -> list[Tensor]:
     return blocks
 
 
-def _apply(lines: Tensor, stored: list[Tensor], quantizer: Quantizer, step: Callable[..., Tensor]) -> Tensor:
-    """Run `step` on each block with its parameters and put the blocks together again."""
-    out, at = [], 0
-    for block in _blocks(lines, quantizer.group):
-        mine = [part[..., at : at + block.shape[2], None] for part in stored]
+def _apply(
+    lines: Tensor, stored: list[Tensor], quantizer: Quantizer, step: Callable[..., Tensor], kind: torch.dtype
+) -> Tensor:
+    """Run `step` on each block of a head with its parameters; the results in place, as `kind`. A head at a
+    time: no more than that is there twice."""
+    out, at = torch.empty(lines.shape, dtype=kind), 0
+    for block, target in zip(_blocks(lines, quantizer.group), _blocks(out, quantizer.group), strict=True):
+        groups = slice(at, at + block.shape[2])
         at += block.shape[2]
-        out.append(step(block, mine, quantizer).flatten(2))
-    return torch.cat(out, -1)
+        for head in range(len(lines)):
+            mine = [part[head, :, groups, None] for part in stored]
+            target[head].copy_(step(block[head], mine, quantizer))
+    return out
 
 
 def _parameters(block: Tensor, quantizer: Quantizer) -> tuple[Tensor, ...]:
@@ -211,8 +217,8 @@ def _encode_block(block: Tensor, stored: list[Tensor], quantizer: Quantizer) -> 
     step = torch.where(scale > 0, scale, torch.ones_like(scale))
     if quantizer.symmetric:
         middle = _middle(quantizer.bits)
-        return (block / step).round_().clamp_(-middle, middle) + middle
-    return ((block - stored[1]) / step).round_().clamp_(0, 2**quantizer.bits - 1)
+        return (block / step).round_().clamp_(-middle, middle).add_(middle)
+    return (block - stored[1]).div_(step).round_().clamp_(0, 2**quantizer.bits - 1)
 
 
 def _decode_block(codes: Tensor, stored: list[Tensor], quantizer: Quantizer) -> Tensor:
@@ -221,8 +227,8 @@ def _decode_block(codes: Tensor, stored: list[Tensor], quantizer: Quantizer) -> 
         signed = (codes * 2 - 1) * scale
         return signed if quantizer.symmetric else signed + stored[1]
     if quantizer.symmetric:
-        return (codes - _middle(quantizer.bits)) * scale
-    return codes * scale + stored[1]
+        return (codes - _middle(quantizer.bits)).mul_(scale)
+    return (codes * scale).add_(stored[1])
 
 
 def _middle(bits: int) -> int:

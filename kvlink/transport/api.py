@@ -141,6 +141,17 @@ class Piece:
     receipt: Receipt = field(default_factory=Receipt)
 
 
+class FrameSource(Protocol):
+    """The frames of a transfer by their numbers; later ones may still have to be made."""
+
+    @property
+    def count(self) -> int | None:
+        """How many there are, None where it is not known yet."""
+
+    async def frame(self, number: int) -> bytes | None:
+        """Frame `number`, as soon as it is there; None behind the last one."""
+
+
 class ReceiverHandler(Protocol):
     """What a receiver agent does for its callers."""
 

@@ -20,13 +20,24 @@ from kvlink.bounds import MESSAGE
 from kvlink.errors import KvlinkError, LimitError, PeerUnavailableError, RemoteProtocolError
 from kvlink.payload import TurnLike, turns_from
 from kvlink.transport import convert
-from kvlink.transport.api import Ask, Delivery, Fetch, Piece, Progress, Published, PushStatus
+from kvlink.transport.api import Ask, Delivery, Fetch, FrameSource, Piece, Progress, Published, PushStatus
 from kvlink.transport.channel import CONNECT_S as CONNECT_S
 from kvlink.transport.channel import QUICK_S, Client, error_of
 from kvlink.transport.expected import Answered, Delivering, Pushing
 from kvlink.v1 import receiver_pb2, sender_pb2, wire_pb2
 from kvlink.wire.messages import TRANSFER_ID_BYTES
 from kvlink.wire.session import ReceiveSession
+
+
+class _Frames:
+    """A list of frames as a source."""
+
+    def __init__(self, frames: Sequence[bytes]) -> None:
+        self._frames = frames
+        self.count = len(frames)
+
+    async def frame(self, number: int) -> bytes | None:
+        return self._frames[number] if number < self.count else None
 
 
 class ReceiverClient(Client):
@@ -36,7 +47,7 @@ class ReceiverClient(Client):
 
     async def push(
         self,
-        frames: Sequence[bytes],
+        frames: Sequence[bytes] | FrameSource,
         readers: Sequence[str] = (),
         timeout_s: float = 0.0,
         asked_by: str = "",
@@ -53,18 +64,19 @@ class ReceiverClient(Client):
         call = self._method("PushCache")(
             timeout=timeout_s or self.timeout_s, metadata=self._shown(readers, asked_by)
         )
-        expected = Pushing(len(frames), fresh)
+        source = _Frames(frames) if isinstance(frames, Sequence) else frames
+        expected = Pushing(lambda: source.count, fresh)
         told: asyncio.Queue[PushStatus | int | Exception | None] = asyncio.Queue()
         writer: asyncio.Task[None] | None = None
         reader = asyncio.create_task(self._listen(call, expected, told))
         try:
-            await call.write(receiver_pb2.PushCacheRequest(frame=frames[0]))
+            await call.write(receiver_pb2.PushCacheRequest(frame=await source.frame(0) or b""))
             while (item := await told.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
                 yield item
                 if writer is None and isinstance(item, PushStatus) and item.state == "accepted":
-                    writer = asyncio.create_task(self._write(call, frames, expected, told))
+                    writer = asyncio.create_task(self._write(call, source, expected, told))
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             raise await self._why(call, error) from error
         finally:
@@ -100,16 +112,28 @@ class ReceiverClient(Client):
             raise RemoteProtocolError(f"{self.address}: the receiver ended the call before it accepted")
 
     async def _write(
-        self, call: Any, frames: Sequence[bytes], expected: Pushing, sent: asyncio.Queue[Any]
+        self, call: Any, source: FrameSource, expected: Pushing, sent: asyncio.Queue[Any]
     ) -> None:
+        """Send frames from where the receiver is, as they are made. What ends the making goes into `sent`."""
+        number = expected.begin_at
         try:
-            for number in range(expected.begin_at, len(frames)):
+            while True:
+                try:
+                    frame = await source.frame(number)
+                except Exception as error:  # whatever it is belongs to the one who pushes
+                    return sent.put_nowait(error)
+                if frame is None:
+                    break
                 expected.begun = number
-                await call.write(receiver_pb2.PushCacheRequest(frame=frames[number]))
+                await call.write(receiver_pb2.PushCacheRequest(frame=frame))
                 sent.put_nowait(number)
+                number += 1
+            if number > (source.count or 0):
+                wanted = f"the receiver wants frame {number} of a transfer of {source.count}"
+                sent.put_nowait(RemoteProtocolError(f"{self.address}: {wanted}"))
             await call.done_writing()
         except (grpc.RpcError, asyncio.InvalidStateError):
-            return  # the reader sees the call's status and raises it
+            return None  # the reader sees the call's status and raises it
 
     async def _why(self, call: Any, error: Exception) -> KvlinkError:
         if isinstance(error, grpc.RpcError):

@@ -11,6 +11,8 @@ Does not know: sockets. Place on the path: in the clients, behind the table of f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kvlink.bounds import ANSWER
 from kvlink.errors import RemoteProtocolError
 from kvlink.transport.api import Ask, Piece, Progress, PushStatus
@@ -20,13 +22,13 @@ _MOST_PIECES = 1_000_000
 
 
 class Pushing:
-    """A transfer of `count` frames on its way to a receiver.
+    """A transfer on its way to a receiver; `count()`: its frames, None while that is not known.
 
     `fresh`: nothing of it was ever sent, so that the receiver can have nothing but what it gets now.
     `begun`: the last frame whose sending has begun; whoever writes frames says so before each.
     """
 
-    def __init__(self, count: int, fresh: bool = False) -> None:
+    def __init__(self, count: Callable[[], int | None], fresh: bool = False) -> None:
         self._count = count
         self._fresh = fresh
         self._durable = 0
@@ -55,11 +57,16 @@ class Pushing:
     def _accepted(self, number: int) -> bool:
         if self.begin_at or not number:
             return False
-        most = 1 if self._fresh else self._count
-        if number > most:
+        count = self._count()
+        most = 1 if self._fresh else count
+        if most is not None and number > most:
             raise RemoteProtocolError(
-                f"the receiver wants frame {number}; expected at most frame {most} of a transfer of {self._count} frames"
-                + (" of which it has one" if self._fresh else "")
+                f"the receiver wants frame {number}; expected at most frame {most}"
+                + (
+                    ", it can have no more than the manifest"
+                    if self._fresh
+                    else f" of a transfer of {count} frames"
+                )
             )
         self.begin_at, self.begun = number, number - 1
         return True
@@ -75,9 +82,10 @@ class Pushing:
 
     def _complete(self, status: PushStatus) -> bool:
         there = not self.begin_at and not self._fresh  # an earlier attempt has brought it
-        if not there and self.begun < self._count - 1:
+        count = self._count()
+        if not there and (count is None or self.begun < count - 1):
             raise RemoteProtocolError(
-                f"the receiver says complete after frame {self.begun} of {self._count}; the last one was not sent"
+                f"the receiver says complete after frame {self.begun}; the last one was not sent"
             )
         if not status.cache_id:
             raise RemoteProtocolError("the receiver says complete and names no cache")
@@ -111,7 +119,7 @@ class Answered:
 
 
 class Delivering:
-    """The progress of one delivery: towards one total, and done once."""
+    """The progress of one delivery: towards a total that never grows, and done once."""
 
     def __init__(self) -> None:
         self._total = 0
@@ -121,13 +129,13 @@ class Delivering:
         total = self._total or progress.total_bytes
         if self._done:
             raise RemoteProtocolError("the delivery goes on after its end")
-        if progress.total_bytes != total or progress.sent_bytes > total:
+        if progress.total_bytes > total or progress.sent_bytes > progress.total_bytes:
             raise RemoteProtocolError(
-                f"{progress.sent_bytes} of {progress.total_bytes} bytes are delivered; expected 0 to {total} of {total}"
+                f"{progress.sent_bytes} of {progress.total_bytes} bytes are delivered; expected no more than {total}"
             )
         if progress.done and not progress.cache_id:
             raise RemoteProtocolError("the delivery is done and names no cache")
-        self._total, self._done = total, progress.done
+        self._total, self._done = progress.total_bytes, progress.done
 
     def end(self) -> None:
         """The stream is over."""

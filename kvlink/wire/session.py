@@ -130,26 +130,24 @@ class SendSession:
     def segment(self, header: SegmentHeader, groups: Iterable[Group]) -> Iterator[bytes]:
         """The frames of one segment, each as soon as its group is there."""
         yield self._frame("segment_header", segment_header=header_to_proto(header, self._segments))
-        for group in groups:
-            slices = _slices((part.data for part in group.parts), self._chunk_bytes)
-            data = next(slices, b"")
-            parts = [pb.Part(coder=_CODERS[p.coder], coded_bytes=p.coded_bytes) for p in group.parts]
-            yield self._frame(
-                "group",
-                group=pb.Group(
-                    parts=parts,
-                    scale_bytes=bytes(group.scale_bytes),
-                    crc32c=google_crc32c.value(data),
-                    data=data,
-                ),
-            )
-            offset = len(data)
-            for data in slices:
-                chunk = pb.Chunk(offset=offset, crc32c=google_crc32c.value(data), data=data)
-                offset += len(data)
-                yield self._frame("chunk", chunk=chunk)
+        for frames in map(self._group, groups):  # no name holds a group that was sent
+            yield from frames
         yield self._frame("segment_end", segment_end=pb.SegmentEnd(digest=self._digest.digest()))
         self._segments += 1
+
+    def _group(self, group: Group) -> Iterator[bytes]:
+        slices = _slices((part.data for part in group.parts), self._chunk_bytes)
+        data = next(slices, b"")
+        parts = [pb.Part(coder=_CODERS[p.coder], coded_bytes=p.coded_bytes) for p in group.parts]
+        message = pb.Group(
+            parts=parts, scale_bytes=bytes(group.scale_bytes), crc32c=google_crc32c.value(data), data=data
+        )
+        yield self._frame("group", group=message)
+        offset = len(data)
+        for data in slices:
+            chunk = pb.Chunk(offset=offset, crc32c=google_crc32c.value(data), data=data)
+            offset += len(data)
+            yield self._frame("chunk", chunk=chunk)
 
     def transfer(self, segments: Iterable[Segment]) -> Iterator[bytes]:
         """All frames of a transfer."""
@@ -175,14 +173,18 @@ class SendSession:
 
 def _slices(parts: Iterator[bytes], size: int) -> Iterator[bytes]:
     """The joined parts in slices of `size` bytes; the last one may be shorter."""
-    buffer = bytearray()
+    pieces, length = list[memoryview](), 0
     for part in parts:
-        buffer += part
-        while len(buffer) >= size:
-            yield bytes(buffer[:size])
-            del buffer[:size]
-    if buffer:
-        yield bytes(buffer)
+        left = memoryview(part)
+        while left:
+            piece = left[: size - length]
+            pieces.append(piece)
+            left, length = left[len(piece) :], length + len(piece)
+            if length == size:
+                yield b"".join(pieces)
+                pieces, length = [], 0
+    if pieces:
+        yield b"".join(pieces)
 
 
 class ReceiveSession:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvlink.agent.builder import Builder, restored
 from kvlink.cache import KVCache, LayerCache, full_positions
 from kvlink.codecs import Codec, Quantized, Quantizer
-from kvlink.compress.codec import encode, encode_groups, header_of
+from kvlink.compress.codec import SegmentPlan, encode
 from kvlink.compress.codecs import CodecContext
 from kvlink.errors import CodecError
 from kvlink.payload import Segment
@@ -43,8 +43,7 @@ def with_window(cache: KVCache, held: int) -> KVCache:
 
 
 def refinement(cache: KVCache, codec: Codec) -> Segment:
-    header = header_of(cache, codec, "refinement")
-    return Segment(header, tuple(encode_groups(cache, header, "zstd")))
+    return encode(SegmentPlan.of(cache, codec, adds="refinement"))
 
 
 @st.composite
@@ -68,22 +67,12 @@ def cuts(draw):
 @given(cuts())
 def test_any_cut_into_segments_makes_the_whole_cache(cut):
     cache, pieces = cut
-    segments = [
-        encode(cache.select(piece), RAW, rest=0 < number == len(pieces) - 1)
+    plans = [
+        SegmentPlan.of(cache, RAW, piece, first=number == 0, rest=0 < number == len(pieces) - 1)
         for number, piece in enumerate(pieces)
     ]
-    if any(layer.sliding for layer in cache.layers):  # they come with the first segment only
-        segments[1:-1] = [Segment(header, tuple(encode_groups(part, header, "zstd")))
-                          for part, header in _later(cache, pieces[1:-1])]  # fmt: skip
+    segments = [encode(plan) for plan in plans]
     assert same(restored(segments, cache.shape, nothing_known), cache)
-
-
-def _later(cache, pieces):
-    from dataclasses import replace
-
-    for piece in pieces:
-        part = cache.select(piece)
-        yield part, replace(header_of(part, RAW), sliding=False)
 
 
 @given(cuts())
@@ -94,7 +83,7 @@ def test_after_each_segment_the_cache_is_that_of_the_positions_so_far(cut):
     builder = Builder(cache.shape, nothing_known)
     arrived = None
     for piece in pieces:
-        segment = encode(cache.select(piece), RAW)
+        segment = encode(SegmentPlan.of(cache, RAW, piece))
         before = builder.cache
         builder.open(segment.header)
         for place, group in zip(groups_of(segment.header, cache.shape), segment.groups, strict=True):
@@ -109,7 +98,7 @@ def test_after_each_segment_the_cache_is_that_of_the_positions_so_far(cut):
 def test_a_refinement_makes_positions_finer_and_leaves_the_others_and_what_was_handed_out():
     cache = make_cache(2, 2, 20, 8)
     builder = Builder(cache.shape, nothing_known)
-    for place, group in zip(*_open(builder, encode(cache, INT2)), strict=True):
+    for place, group in zip(*_open(builder, encode(SegmentPlan.of(cache, INT2))), strict=True):
         builder.add(place, group)
     builder.close()
     coarse = builder.cache
@@ -132,7 +121,7 @@ def _open(builder: Builder, segment: Segment):
 
 def test_a_position_that_comes_twice_is_refused():
     cache = make_cache()
-    both = [encode(cache.select(torch.tensor(piece)), RAW) for piece in ([0, 1, 2], [2, 3])]
+    both = [encode(SegmentPlan.of(cache, RAW, torch.tensor(piece))) for piece in ([0, 1, 2], [2, 3])]
     with pytest.raises(CodecError, match="a position comes in two segments"):
         restored(both, cache.shape, nothing_known)
 
@@ -140,7 +129,7 @@ def test_a_position_that_comes_twice_is_refused():
 def test_a_refinement_of_what_is_not_there_is_refused():
     cache = make_cache()
     segments = [
-        encode(cache.select(torch.tensor([0, 1, 2])), RAW),
+        encode(SegmentPlan.of(cache, RAW, torch.tensor([0, 1, 2]))),
         refinement(cache.select(torch.tensor([2, 3])), RAW),
     ]
     with pytest.raises(CodecError, match="a position that is not there"):

@@ -7,6 +7,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -43,13 +44,16 @@ OPTIONS = {
 
 @dataclass(slots=True)
 class Agent:
-    """One agent process; `resident`: (seconds since the start, bytes)."""
+    """One agent process; `metrics`: where it shows them. `resident`: (seconds since the start, bytes);
+    `held`: the same for what it says it holds (caches, contexts, packed transfers)."""
 
     kind: str
     address: str
+    metrics: str
     process: subprocess.Popen[str]
     log: IO[bytes]
     resident: list[tuple[float, int]] = field(default_factory=list)
+    held: list[tuple[float, int]] = field(default_factory=list)
 
     def watch(self, at_s: float) -> None:
         """Read the memory that is resident now."""
@@ -59,11 +63,14 @@ class Agent:
             return
         self.resident.append((at_s, pages * os.sysconf("SC_PAGE_SIZE")))
 
-    def quarter_bytes(self, number: int) -> int:
-        """Median of resident memory in a quarter of what was watched, 1 to 4."""
-        last = self.resident[-1][0] if self.resident else 0.0
-        found = [b for at, b in self.resident if (number - 1) * last / 4 <= at <= number * last / 4]
-        return int(statistics.median(found)) if found else 0
+    def ask_held(self, at_s: float) -> None:
+        """Ask for the bytes that it says it holds; blocks until they are here."""
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=STOP_S) as reply:
+            lines = reply.read().decode().splitlines()
+        found = [
+            line.split() for line in lines if line.startswith(("kvlink_held_bytes ", "kvlink_packed_bytes "))
+        ]
+        self.held.append((at_s, sum(int(float(value)) for _, value in found)))
 
     def said(self) -> str:
         """Its standard error so far."""
@@ -143,6 +150,13 @@ def start(folder: Path) -> Network:
     return Network(at, agents, liar_at)
 
 
+def quarters_bytes(watched: list[tuple[float, int]]) -> list[int]:
+    """Medians of the four quarters of the time that was watched."""
+    last = watched[-1][0] if watched else 0.0
+    quarters = [[b for at, b in watched if q * last / 4 <= at <= (q + 1) * last / 4] for q in range(4)]
+    return [int(statistics.median(found)) if found else 0 for found in quarters]
+
+
 def _let(folder: Path, name: str, rights: list[str]) -> None:
     """What a peer may do at an agent."""
     path = folder / certs.PEERS
@@ -155,11 +169,12 @@ def _let(folder: Path, name: str, rights: list[str]) -> None:
 
 def _start(kind: str, address: str, credentials: Path, log: Path) -> Agent:
     out = log.open("wb")
+    metrics = free_address()
     process = subprocess.Popen(
         [
             sys.executable, "-m", "kvlink", kind, "--listen", address, "--credentials", str(credentials),
-            "--log-level", "info", *OPTIONS[kind],
+            "--metrics", metrics, "--log-level", "info", *OPTIONS[kind],
         ],
         stdout=subprocess.PIPE, stderr=out, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    return Agent(kind, address, process, out)
+    return Agent(kind, address, metrics, process, out)

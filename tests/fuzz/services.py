@@ -210,30 +210,41 @@ async def _one(
     """One service with honest calls beside it; the faults, other than those of single calls, in words."""
     stop, began, agent = asyncio.Event(), time.monotonic(), network.agents[kind]
     agent.resident.clear()
+    agent.held.clear()
 
     async def watch() -> None:
         while not stop.is_set():
             agent.watch(time.monotonic() - began)
             await asyncio.sleep(0.25)
 
+    async def ask_held() -> None:
+        while not stop.is_set():
+            await asyncio.to_thread(agent.ask_held, time.monotonic() - began)
+            await asyncio.sleep(2.0)
+
     report = honest.start_report()
-    beside = [asyncio.create_task(watch()), asyncio.create_task(honest.keep_asking(stop, 0.5))]
+    beside = [
+        asyncio.create_task(watch()),
+        asyncio.create_task(ask_held()),
+        asyncio.create_task(honest.keep_asking(stop, 0.5)),
+    ]
     try:
         tally = await fuzz(network, kind, messages, seed, honest, seen, keeper)
     finally:
         stop.set()
         await asyncio.gather(*beside)
-    quarters = [agent.quarter_bytes(number) for number in (1, 2, 3, 4)]
+    quarters, held = agents.quarters_bytes(agent.resident), agents.quarters_bytes(agent.held)
     second, last = quarters[1], quarters[3]
     print(f"{kind}: {tally.messages:,} messages in {tally.seconds:.0f} s, seed {seed}\n{tally.table()}")
-    print(f"  memory, medians of quarters: {', '.join(f'{bytes_ / 1e6:.0f} MB' for bytes_ in quarters)}")
+    for what, medians in ("memory", quarters), ("of it held, as it says", held):
+        print(f"  {what}, medians of quarters: {', '.join(f'{bytes_ / 1e6:.0f} MB' for bytes_ in medians)}")
     print(
         f"  honest calls: {report.rounds} rounds, {len(report.wrong)} wrong, {report.busy} told to come again, "
         f"the slowest {report.slowest_s:.1f} s",
         flush=True,
     )
     found[kind] = tally.to_dict() | {
-        "rss_quarters_bytes": quarters, "honest_rounds": report.rounds,
+        "rss_quarters_bytes": quarters, "held_quarters_bytes": held, "honest_rounds": report.rounds,
         "honest_wrong": len(report.wrong), "honest_busy": report.busy, "honest_slowest_s": round(report.slowest_s, 1),
     }  # fmt: skip
     faults = [f"an honest call beside the {kind}: {what}" for what in report.wrong[:5]]

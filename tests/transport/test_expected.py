@@ -62,7 +62,7 @@ def play(pushing: Pushing, course: list) -> list[bool]:
 @pytest.mark.parametrize("name", LIES)
 def test_what_a_receiver_cannot_say_is_refused(name, fresh):
     *before, last = LIES[name]
-    pushing = Pushing(FRAMES, fresh)
+    pushing = Pushing(lambda: FRAMES, fresh)
     play(pushing, before)
     with pytest.raises(RemoteProtocolError):
         play(pushing, [last])
@@ -71,13 +71,13 @@ def test_what_a_receiver_cannot_say_is_refused(name, fresh):
 @pytest.mark.parametrize("name", FRESH_LIES)
 def test_a_receiver_has_nothing_of_a_fresh_transfer(name):
     with pytest.raises(RemoteProtocolError):
-        play(Pushing(FRAMES, fresh=True), FRESH_LIES[name])
-    play(Pushing(FRAMES), FRESH_LIES[name])  # of one that was tried before it may
+        play(Pushing(lambda: FRAMES, fresh=True), FRESH_LIES[name])
+    play(Pushing(lambda: FRAMES), FRESH_LIES[name])  # of one that was tried before it may
 
 
 @given(st.data(), st.integers(1, 40), st.booleans())
 def test_every_honest_course_passes(data, count, fresh):
-    pushing = Pushing(count, fresh)
+    pushing = Pushing(lambda: count, fresh)
     first = 1 if fresh else data.draw(st.integers(1, count))
     assert play(pushing, [accepted(0), accepted(first), accepted(0), accepted(first)]) == [
         False,

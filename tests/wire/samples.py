@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvlink.cache import KVCache, LayerCache, full_positions
-from kvlink.compress.codec import encode
+from kvlink.compress.codec import SegmentPlan, encode
 from kvlink.compress.lossless import pack_part
 from kvlink.payload import Fingerprint, Prompt, Segment
 from kvlink.recipe import Recipe
@@ -48,8 +48,9 @@ def make_transfer(
     if parsed.mode == "text":
         segments = [Segment.of_text(pack_part("text", TEXT.encode(), "zstd"))]
     else:
-        segments = [encode(chosen, parsed.codec, parsed.coder)]
+        plans = [SegmentPlan.of(chosen, parsed.codec)]
         if parsed.background is not None:
-            others = cache.without(torch.tensor(kept))
-            segments.append(encode(others, parsed.background, parsed.coder, rest=True))
+            others = cache.others(torch.tensor(kept))
+            plans.append(SegmentPlan.of(cache, parsed.background, others, rest=True))
+        segments = [encode(plan, parsed.coder) for plan in plans]
     return manifest, list(SendSession(manifest, chunk_bytes).transfer(segments)), chosen

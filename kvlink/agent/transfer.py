@@ -1,0 +1,240 @@
+"""A transfer on its way out, packed while it is read.
+
+    plans of segments ─▶ encode a layer ─▶ frame ─▶ whoever reads: a file, a connection, a search for a size
+
+The first frames can leave while later layers are still to be coded. What was made is kept for the next
+reader, unless it is read by `stream`, which keeps nothing: then no more than a layer's codes are in memory.
+
+Does not know: models, why positions were chosen, sockets. Place on the path: the sender's last step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from kvlink.codecs import Codec
+from kvlink.codecs.base import PART_KINDS
+from kvlink.compress.codec import SegmentPlan, encode_groups
+from kvlink.compress.codecs import CodecContext
+from kvlink.errors import CodecError
+from kvlink.model.generate import Answer
+from kvlink.payload import Group, Part, SegmentHeader, count_kinds
+from kvlink.receipt import Certificate, Receipt
+from kvlink.transport.link import grpc_bytes
+from kvlink.wire.file import Writable, write_frames
+from kvlink.wire.layout import groups_of, part_sizes
+from kvlink.wire.messages import Manifest
+from kvlink.wire.session import CHUNK_BYTES, SendSession
+
+_MOST_FRAMING_BYTES = 160
+"""Of a frame of parts: numbers, sizes of parts, checksums, digests."""
+
+Outline = tuple[SegmentHeader, Iterator[Group]]
+"""A segment whose groups are made when they are asked for."""
+
+
+class Transfer:
+    """All frames of a transfer, made in their order when somebody asks. For several threads.
+
+    `manifest`: its first frame's content. `draft`: the sender's own answer, if one was made.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        outlines: Sequence[Outline],
+        receipt: Receipt,
+        draft: Answer | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        """`receipt`: what is known before anything is packed; bytes and the time to encode are added."""
+        self.manifest = manifest
+        self.draft = draft
+        self._receipt = receipt
+        self._headers = [header for header, _ in outlines]
+        self._chunk_bytes = chunk_bytes
+        self._made: list[bytes] = []
+        self._most_bytes = 0
+        self._kept = True
+        self._error: Exception | None = None
+        self._source: Iterator[bytes] | None = self._pack(outlines)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of_frames(cls, manifest: Manifest, frames: Sequence[bytes], receipt: Receipt) -> Transfer:
+        """One that was packed before."""
+        found = cls(manifest, (), receipt)
+        found._made, found._source = list(frames), None
+        found._most_bytes = sum(map(len, frames))
+        return found
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The frames, those that were made and then the others as they are made; they are kept."""
+        number = 0
+        while (frame := self.frame(number)) is not None:
+            yield frame
+            number += 1
+
+    def frame(self, number: int) -> bytes | None:
+        """Frame `number`, made if need be; None behind the last one."""
+        with self._lock:
+            if not self._kept:
+                raise CodecError("the frames of this transfer were streamed and are not kept; pack it again")
+            while number >= len(self._made) and self._source is not None:
+                self._advance()
+            return self._made[number] if number < len(self._made) else None
+
+    def made(self, number: int) -> bytes | None:
+        """Frame `number` if it was made already; never waits."""
+        return self._made[number] if number < len(self._made) else None
+
+    @property
+    def frames(self) -> tuple[bytes, ...]:
+        """All of them."""
+        return tuple(self)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether every frame was made."""
+        return self._source is None
+
+    def stream(self) -> Iterator[bytes]:
+        """The frames, for one reader; those that are still to be made are not kept.
+
+        Raises CodecError where the cache holds what its codec cannot take.
+        """
+        with self._lock:
+            made, source = list(self._made), self._source
+            if not self._kept:
+                raise CodecError("the frames of this transfer were streamed and are not kept; pack it again")
+            self._kept = source is None
+        yield from made
+        if source is not None:
+            yield from source
+            self._source = None
+
+    def write(self, out: Writable) -> int:
+        """Write a `.kvl` file; returns its bytes."""
+        return write_frames(self.stream(), out)
+
+    @property
+    def receipt(self) -> Receipt:
+        """What it cost; packs what is still to be packed."""
+        with self._lock:
+            while self._source is not None and self._kept:
+                self._advance()
+        if self._source is not None:
+            raise CodecError("a transfer that is streamed has its receipt when its last frame was read")
+        return self._receipt
+
+    def note(self, stage_s: Mapping[str, float], certificate: Certificate | None = None) -> None:
+        """Add to the receipt what was found later."""
+        with self._lock:
+            told = self._receipt.with_stages(**stage_s)
+            self._receipt = replace(told, certificate=certificate) if certificate else told
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes that the frames have at most, known before they are packed; where they are packed, all."""
+        if not self._most_bytes:
+            self._most_bytes = self._bound()
+        return self._most_bytes
+
+    def _bound(self) -> int:
+        told, opening = self.manifest, len(self.frame(0) or b"")
+        sizes = [
+            sum(
+                size
+                for _, size in part_sizes(
+                    place, header, told.shape, bytes([4] * place.tensors), told.text_bytes
+                )
+            )
+            for header in self._headers
+            for place in groups_of(header, told.shape)
+        ]
+        frames = 1 + sum(1 + size // self._chunk_bytes for size in sizes) + len(self._headers)
+        # A segment's header is no longer than the manifest, which has its codec too.
+        return sum(sizes) + _MOST_FRAMING_BYTES * frames + opening * (1 + len(self._headers))
+
+    def _advance(self) -> None:
+        """Make one more frame. The lock is held. What packing raises it raises for every reader."""
+        if self._error is not None:
+            raise self._error
+        if self._source is None:
+            return
+        try:
+            self._made.append(next(self._source))
+        except StopIteration:
+            self._source = None
+        except Exception as error:
+            self._error = error
+            raise
+
+    def _pack(self, outlines: Sequence[Outline]) -> Iterator[bytes]:
+        session, sizes = SendSession(self.manifest, self._chunk_bytes), list[int]()
+        kinds: dict[str, int] = dict.fromkeys(PART_KINDS, 0)
+        clock = _Watch()
+
+        def counted(group: Group) -> Group:
+            for kind, count in count_kinds([group]).items():
+                kinds[kind] += count
+            return group
+
+        def frames() -> Iterator[bytes]:
+            yield session.open()
+            for header, groups in outlines:
+                yield from session.segment(header, map(counted, clock.over(groups)))
+            yield session.end()
+
+        for frame in frames():
+            sizes.append(len(frame))
+            yield frame
+        self._most_bytes = sum(sizes)
+        told = self._receipt.with_stages(encode=self._receipt.stage_s.get("encode", 0.0) + clock.seconds)
+        self._receipt = replace(told, bytes=count_bytes(sizes, kinds))
+
+
+def outlined(plan: SegmentPlan, coder: str, context_of: Callable[[Codec], CodecContext]) -> Outline:
+    """A planned segment; what its codec knows of the model is asked for when the first group is."""
+
+    def groups() -> Iterator[Group]:
+        codec = plan.header.codec
+        context = CodecContext() if codec is None else context_of(codec)
+        yield from encode_groups(plan, coder, context)  # type: ignore[arg-type]
+
+    return plan.header, groups()
+
+
+def outlined_text(part: Part) -> Outline:
+    return SegmentHeader("text"), iter([Group((part,))])
+
+
+def count_bytes(frame_bytes: Sequence[int], kinds: dict[str, int]) -> dict[str, int]:
+    """Bytes by kind of a transfer on gRPC; their sum is all that travels, TCP and IP excepted."""
+    return {
+        "manifest": frame_bytes[0],
+        **{kind: count for kind, count in kinds.items() if count},
+        "framing": sum(frame_bytes[1:]) - sum(kinds.values()),
+        "grpc": grpc_bytes(frame_bytes),
+    }
+
+
+class _Watch:
+    """Seconds that iterators take for their items, without what their readers do between them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def over(self, items: Iterator[Group]) -> Iterator[Group]:
+        """The items; none is held here once it is handed out."""
+        return iter(lambda: self._next(items), None)  # type: ignore[arg-type, return-value]
+
+    def _next(self, items: Iterator[Group]) -> Group | None:
+        began = time.perf_counter()
+        try:
+            return next(items, None)
+        finally:
+            self.seconds += time.perf_counter() - began
