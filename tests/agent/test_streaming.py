@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from kvlink.agent.receiver import Receiver
+from kvlink.agent.receiver import Intake, Receiver
 from kvlink.agent.sender import Sender
 from kvlink.compress import codec
 from kvlink.errors import CodecError
@@ -40,17 +40,14 @@ class Coding:
 async def test_the_first_layer_is_at_the_receiver_before_the_last_one_is_coded(pair, monkeypatch, recipe):
     layers = len(pair.sender._sender.lm.model.model.layers)
     coding = Coding(monkeypatch, layers - 1)
-    arrived = []
-    take = pair.receiver.arrivals.take
+    take = Intake.take
 
-    def seen(incoming, frame):
-        due = take(incoming, frame)
-        arrived.append(incoming.intake.session.next_sequence)
-        if arrived[-1] >= 3:  # manifest, header, the first layer's first bytes
+    def seen(intake, frame):
+        take(intake, frame)
+        if intake.session.next_sequence >= 3:  # manifest, header, the first layer's first bytes
             coding.hold.set()
-        return due
 
-    monkeypatch.setattr(pair.receiver.arrivals, "take", seen)
+    monkeypatch.setattr(Intake, "take", seen)
     done = await pair.deliver(recipe)
     assert coding.layers == list(range(layers)), "each layer once"
     assert await pair.answer(done.cache_id)
