@@ -126,6 +126,23 @@ def test_every_export_is_listed_and_there():
         kvlink.nonsense  # noqa: B018
 
 
+def test_type_checkers_and_programs_find_the_same_names():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
+    imported = {node.module: {alias.name for alias in node.names} for node in checked.body}  # type: ignore[attr-defined]
+    assert imported == {module: set(names) for module, names in kvlink._LAZY.items()}
+    assert {*kvlink._MODULE_OF, "__version__", "pack", "unpack"} == set(kvlink.__all__)
+
+
+def test_every_error_is_exported():
+    own = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and value.__module__ == errors.__name__
+    }
+    assert own <= set(kvlink.__all__)
+
+
 def test_the_tree_of_errors_is_drawn_as_it_is():
     drawn = errors.__doc__ or ""
     for name, value in vars(errors).items():
