@@ -31,7 +31,9 @@ class Bound:
 
 
 MESSAGE = Bound(20_000_000, "bytes")
-"""Of one message of a call: a profile, or a text where the model's window is very long."""
+"""Of one message of a call: a text where the model's window is very long."""
+PIECE = Bound(1_000_000, "bytes")
+"""Of a profile that travels in pieces."""
 TEXT = Bound(16_000_000, "bytes")
 """Of a text that becomes tokens, whatever the model's window is."""
 FRAME = Bound(4_000_000, "bytes")

@@ -30,6 +30,8 @@ from kvlink.payload import Fingerprint
 
 FORMAT = "kvlink-profile/1"
 MAX_BYTES = 512_000_000
+MEMORY_PER_BYTE = 6
+"""Bytes in memory for each of a file's: a basis is two there, four here and eight in its inverse."""
 _CODE_LIMIT = 127
 _HEADER_BYTES = 500_000
 """Of JSON that is read before anything is known of it: 6 tensors of about 90 bytes for each of 900 layers."""

@@ -254,13 +254,7 @@ class Outbox:
             taken[other.account] += other.nbytes
             if other.packing is None and not other.busy:
                 movable.append(Movable(key.hex(), other.account, other.nbytes, other.touched_at))
-        going = self._shares.make_room(nbytes, held.account, movable, taken)
-        if going is None:
-            raise BusyError(
-                f"{held.nbytes + nbytes} bytes to send: at most {self._shares.max_bytes} are packed at a time, "
-                f"{self._shares.max_peer_bytes} for one peer; try again later", 2.0,
-            )  # fmt: skip
-        for name in going:
+        for name in self._shares.make_room(nbytes, held.account, movable, taken):
             del self._held[bytes.fromhex(name)]
         held.nbytes += nbytes
 

@@ -259,10 +259,17 @@ class Receiver:
         self.profiles = Profiles()
 
     def add_profile(self, data: bytes, peer: str = "") -> Profile:
-        """Take a profile that a sender has sent ahead; a few are kept, against the share of `peer`.
+        """Take a profile that a sender has sent ahead, against the share of `peer`.
 
-        Raises CodecError, IdentityError where it is another model's or another shape's, BusyError.
+        Raises what `read_profile` raises, LimitError, BusyError.
         """
+        with self.profiles.room(len(data), peer) as keep:
+            profile = self.read_profile(data)
+            keep(profile)
+        return profile
+
+    def read_profile(self, data: bytes) -> Profile:
+        """The profile in a file. Raises CodecError, IdentityError where it is another model's or shape's."""
         profile = Profile.from_bytes(data)
         profile.require_match(self.lm.fingerprint)
         shape = cache_shape(self.lm, 1)
@@ -271,7 +278,6 @@ class Receiver:
             raise IdentityError(
                 f"the profile has {found[0]} layers of {found[1]} channels, the model has others"
             )
-        self.profiles.add(profile, peer)
         return profile
 
     def known_profiles(self) -> list[str]:

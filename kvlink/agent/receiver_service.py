@@ -11,19 +11,23 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 
+from blake3 import blake3
+
 from kvlink._release import RELEASE
 from kvlink.agent.admission import Gate
 from kvlink.agent.inbound import InboundTransfer, InboundTransfers
 from kvlink.agent.receiver import Held, Receiver
 from kvlink.agent.settings import ReceiverSettings
 from kvlink.agent.store import Store
-from kvlink.agent.threads import stream
+from kvlink.agent.threads import stream, to_thread
 from kvlink.agent.turns import Turns
 from kvlink.defaults import NEW_TOKENS
 from kvlink.errors import (
     BusyError,
     ContextError,
     DeadlineError,
+    IntegrityError,
+    RemoteProtocolError,
     TruncatedError,
 )
 from kvlink.model.generate import Step
@@ -42,6 +46,7 @@ class ReceiverService:
     ) -> None:
         self._receiver = receiver
         self.settings = told = settings or ReceiverSettings()
+        receiver.profiles.bound(told.max_profiles_bytes, told.max_peer_profiles_bytes)
         self.observer = observer or Observer("receiver")
         self.store: Store[Held] = Store(
             "cache", told.max_held_bytes, told.cache_lifetime_s,
@@ -79,15 +84,43 @@ class ReceiverService:
                 "max_segments": limits.max_segments,
                 "max_text_bytes": limits.max_text_bytes,
                 "max_new_tokens": self.settings.max_new_tokens,
+                "max_profile_bytes": self._receiver.profiles.max_file_bytes,
             },
             prefill_tokens_per_s=self._prefill_tokens_per_s,
             profiles=tuple(bytes.fromhex(digest) for digest in self._receiver.known_profiles()),
             address=self.settings.advertised_address,
         )
 
-    async def put_profile(self, data: bytes, caller: Caller = NOBODY) -> bytes:
-        """Take a profile that a sender sends ahead of its transfers."""
-        return (await asyncio.to_thread(self._receiver.add_profile, data, caller.account)).digest
+    async def put_profile(
+        self, digest: bytes, total_bytes: int, pieces: AsyncIterator[bytes], caller: Caller = NOBODY
+    ) -> None:
+        """Take a profile that a sender sends ahead of its transfers, into room of that peer's share.
+
+        Raises LimitError and BusyError before anything is taken, TruncatedError, RemoteProtocolError (more
+        than was said), IntegrityError, and what is wrong with the profile.
+        """
+        with self._receiver.profiles.room(total_bytes, caller.account) as keep:
+            data = bytearray()
+            while piece := await self._piece(pieces):
+                data += piece
+                if len(data) > total_bytes:
+                    raise RemoteProtocolError(f"a profile of {total_bytes} bytes was announced, more came")
+            if len(data) < total_bytes:
+                raise TruncatedError(f"the profile ends after {len(data)} of {total_bytes} bytes")
+            if blake3(data).digest(length=len(digest)) != digest:
+                raise IntegrityError(
+                    "the profile that came is not the one that was announced: digests differ"
+                )
+            keep(await to_thread(self._receiver.read_profile, bytes(data)))
+
+    async def _piece(self, pieces: AsyncIterator[bytes]) -> bytes:
+        """The next piece of a profile, none at its end. Raises TruncatedError where none comes for long."""
+        try:
+            return await asyncio.wait_for(anext(pieces, b""), self.settings.idle_s)
+        except TimeoutError:
+            raise TruncatedError(
+                f"the profile's stream brought nothing for {self.settings.idle_s:g} s"
+            ) from None
 
     async def push_cache(
         self, frames: AsyncIterator[bytes], caller: Caller = NOBODY

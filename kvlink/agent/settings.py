@@ -85,6 +85,10 @@ class ReceiverSettings:
     max_waiting: int = setting(_WAITING, "Callers that may wait for a place.")
     wait_s: float = setting(_WAIT_S, "Seconds that they wait at most.")
     max_new_tokens: int = setting(1024, "Tokens of one answer.", least=1)
+    max_profiles_bytes: int = setting(
+        2_000_000_000, "Memory for profiles that senders send ahead, 6 for each byte of a file.", least=1
+    )
+    max_peer_profiles_bytes: int = setting(0, "Of it for one peer; 0: half.")
     stop_s: float = setting(_STOP_S, _STOP_HELP, least=1)
     staging: Path | None = setting(None, "Folder where transfers outlive a restart of the agent.")
     max_staged_bytes: int = setting(_DISK_BYTES, "Bytes of that folder.", least=1)

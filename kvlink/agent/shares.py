@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from kvlink.errors import LimitError
+from kvlink.errors import BusyError, LimitError
 from kvlink.transport.api import Caller
 
 
@@ -86,11 +86,17 @@ class Shares:
         return own + nbytes <= self.max_peer_bytes and sum(taken.values()) + nbytes <= self.max_bytes
 
     def make_room(
-        self, nbytes: int, mine: Account, movable: Iterable[Movable], taken: Mapping[Account, int]
-    ) -> list[str] | None:
-        """Keys of what goes for `nbytes` more of an account; None where that is not enough.
+        self,
+        nbytes: int,
+        mine: Account,
+        movable: Iterable[Movable],
+        taken: Mapping[Account, int],
+        retry_after_s: float = 2.0,
+    ) -> list[str]:
+        """Keys of what goes for `nbytes` more of an account.
 
-        `taken`: bytes by account of everything, movable or not. Raises LimitError.
+        `taken`: bytes by account of everything, movable or not. Raises LimitError, and BusyError
+        (`retry_after_s`: when it may be worth another try) where what may go is not enough.
         """
         self.check(nbytes)
         left: dict[Account, deque[Movable]] = {}
@@ -102,7 +108,11 @@ class Shares:
             yielding = self._yielding(mine, nbytes, used)
             able = [queue for account, queue in left.items() if account in yielding]
             if not able:
-                return None
+                raise BusyError(
+                    f"{nbytes} bytes for a {self._what}: at most {self.max_bytes} are held here, "
+                    f"{self.max_peer_bytes} for one peer, and {sum(taken.values())} are taken; try again later",
+                    retry_after_s,
+                )
             queue = min(able, key=lambda queue: (queue[0].account == mine, queue[0].used_at))
             victim = queue.popleft()
             if not queue:

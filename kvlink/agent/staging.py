@@ -179,13 +179,7 @@ class Staging:
                 taken[file.account] += file.nbytes
                 if file.at_rest:
                     movable.append(Movable(other.hex(), file.account, file.nbytes, file.used_at))
-            going = self._shares.make_room(nbytes, mine.account, movable, taken)
-            if going is None:
-                raise BusyError(
-                    f"at most {self._shares.max_bytes} bytes are staged on disk, "
-                    f"{self._shares.max_peer_bytes} for one peer; try again later", _RETRY_S,
-                )  # fmt: skip
-            for name in going:
+            for name in self._shares.make_room(nbytes, mine.account, movable, taken, _RETRY_S):
                 self.forget(bytes.fromhex(name))
             mine.nbytes += nbytes
 

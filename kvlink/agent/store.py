@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from kvlink.agent.shares import Account, Movable, Shares, Whose
-from kvlink.errors import AccessError, BusyError, NotFoundError
+from kvlink.errors import AccessError, NotFoundError
 
 T = TypeVar("T")
 
@@ -234,14 +234,7 @@ class Store(Generic[T]):
             for key, entry in self._entries.items()
             if not entry.users and entry.fresh_until <= now
         ]
-        going = self._shares.make_room(nbytes, account, movable, taken)
-        if going is None:
-            raise BusyError(
-                f"{nbytes} bytes for a {self._what}: at most {self._shares.max_bytes} are held, "
-                f"{self._shares.max_peer_bytes} for one peer, {self._reserved.total()} promised; try again later",
-                self._retry_after_s(now),
-            )
-        for key in going:
+        for key in self._shares.make_room(nbytes, account, movable, taken, self._retry_after_s(now)):
             self._remove(key)
 
     def _retry_after_s(self, now: float) -> float:

@@ -15,9 +15,9 @@ from dataclasses import replace
 from typing import Any
 
 import grpc
+from blake3 import blake3
 
-from kvlink.bounds import MESSAGE
-from kvlink.errors import KvlinkError, LimitError, PeerUnavailableError, RemoteProtocolError
+from kvlink.errors import KvlinkError, PeerUnavailableError, RemoteProtocolError
 from kvlink.payload import TurnLike, turns_from
 from kvlink.transport import convert
 from kvlink.transport.api import Ask, Delivery, Fetch, FrameSource, Piece, Progress, Published, PushStatus
@@ -27,6 +27,9 @@ from kvlink.transport.expected import Answered, Delivering, Pushing
 from kvlink.v1 import receiver_pb2, sender_pb2, wire_pb2
 from kvlink.wire.messages import TRANSFER_ID_BYTES
 from kvlink.wire.session import ReceiveSession
+
+PIECE_BYTES = 512 * 1024
+"""Of a profile that is sent ahead, in one message."""
 
 
 class _Frames:
@@ -169,11 +172,20 @@ class ReceiverClient(Client):
         expected.end()
 
     async def put_profile(self, data: bytes) -> bytes:
-        """Send a profile ahead; its digest. Raises IdentityError where it is another model's."""
-        if len(data) > MESSAGE.most:
-            raise LimitError(f"a profile of at most {MESSAGE.most} bytes can be sent, this has {len(data)}")
-        done = await self._unary("PutProfile", receiver_pb2.PutProfileRequest(data=data))
-        return bytes(done.digest)
+        """Send a profile ahead; its digest. Raises IdentityError where it is another model's, LimitError."""
+        digest, kind = blake3(data).digest(length=16), receiver_pb2.PutProfileRequest
+
+        async def parts() -> AsyncGenerator[Any, None]:
+            yield kind(start=receiver_pb2.PutProfileStart(digest=digest, total_bytes=len(data)))
+            for at in range(0, len(data), PIECE_BYTES):
+                yield kind(data=data[at : at + PIECE_BYTES])
+
+        done = await self._unary("PutProfile", parts())
+        if done.digest != digest:
+            raise RemoteProtocolError(
+                f"{self.address}: took the profile {digest.hex()} for {done.digest.hex()}"
+            )
+        return digest
 
     async def delete_cache(self, cache_id: str) -> None:
         request = convert.request(receiver_pb2.DeleteCacheRequest, cache_id=cache_id)

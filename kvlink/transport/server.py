@@ -24,7 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvlink.bounds import MESSAGE
-from kvlink.errors import ConfigError
+from kvlink.errors import ConfigError, RemoteProtocolError
 from kvlink.transport import convert
 from kvlink.transport.address import Address
 from kvlink.transport.api import Ask, Caller, Delivery, Fetch, ReceiverHandler, SenderHandler
@@ -113,8 +113,23 @@ class _Receiver(_Agent):
         return receiver_pb2.DeleteCacheResponse()
 
     @unary
-    async def PutProfile(self, request: Any, caller: Caller) -> Any:
-        return receiver_pb2.PutProfileResponse(digest=await self._handler.put_profile(request.data, caller))
+    async def PutProfile(self, requests: AsyncIterator[Any], caller: Caller) -> Any:
+        first = await anext(requests, None)
+        if first is None or first.WhichOneof("part") != "start":
+            raise RemoteProtocolError(
+                "PutProfileRequest: the first message says what comes, found another one"
+            )
+        start = first.start
+        await self._handler.put_profile(start.digest, start.total_bytes, _pieces(requests), caller)
+        return receiver_pb2.PutProfileResponse(digest=start.digest)
+
+
+async def _pieces(requests: AsyncIterator[Any]) -> AsyncIterator[bytes]:
+    """The file's bytes behind the first message. Raises RemoteProtocolError for what brings none."""
+    async for request in requests:
+        if not request.data:
+            raise RemoteProtocolError("PutProfileRequest: expected bytes of the profile, found none")
+        yield request.data
 
 
 class _Sender(_Agent):

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvlink.v1 import wire_pb2 as kvlink_dot_v1_dot_wire__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvlink/v1/common.proto\x12\tkvlink.v1\x1a\x14kvlink/v1/wire.proto\"\x86\x03\n\x0c\x43\x61pabilities\x12\x14\n\x0cprotocol_min\x18\x01 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x02 \x01(\r\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12+\n\x0b\x66ingerprint\x18\x04 \x01(\x0b\x32\x16.kvlink.v1.Fingerprint\x12\x1e\n\x05modes\x18\x05 \x03(\x0e\x32\x0f.kvlink.v1.Mode\x12\x0e\n\x06\x63odecs\x18\x06 \x03(\t\x12 \n\x06\x63oders\x18\x07 \x03(\x0e\x32\x10.kvlink.v1.Coder\x12!\n\x06limits\x18\x08 \x01(\x0b\x32\x11.kvlink.v1.Limits\x12\x1c\n\x14prefill_tokens_per_s\x18\t \x01(\x01\x12\x0f\n\x07release\x18\n \x01(\t\x12\x1f\n\x05\x64type\x18\x0b \x01(\x0e\x32\x10.kvlink.v1.Dtype\x12\x10\n\x08profiles\x18\x0c \x03(\x0c\x12!\n\x06sketch\x18\r \x01(\x0b\x32\x11.kvlink.v1.Sketch\x12\x0f\n\x07\x61\x64\x64ress\x18\x0e \x01(\t\"\x9c\x01\n\x06Limits\x12\x17\n\x0fmax_cache_bytes\x18\x01 \x01(\x04\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\x04\x12\x17\n\x0fmax_frame_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cmax_segments\x18\x04 \x01(\x04\x12\x16\n\x0emax_text_bytes\x18\x05 \x01(\x04\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\x04\"\xc5\x03\n\x07Receipt\x12/\n\x07stage_s\x18\x01 \x03(\x0b\x32\x1e.kvlink.v1.Receipt.StageSEntry\x12,\n\x05\x62ytes\x18\x02 \x03(\x0b\x32\x1d.kvlink.v1.Receipt.BytesEntry\x12\x12\n\nwire_bytes\x18\x03 \x01(\x04\x12\x14\n\x0csocket_bytes\x18\x04 \x01(\x04\x12\x18\n\x10\x62its_per_element\x18\x05 \x01(\x01\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x01(\r\x12\x13\n\x0bkept_tokens\x18\x07 \x01(\r\x12\x0e\n\x06recipe\x18\x08 \x01(\t\x12\x13\n\x0btransfer_id\x18\t \x01(\t\x12\x15\n\relement_count\x18\n \x01(\x04\x12+\n\x0b\x63\x65rtificate\x18\x0b \x01(\x0b\x32\x16.kvlink.v1.Certificate\x12\x10\n\x08segments\x18\x0c \x01(\r\x12\x12\n\nkept_share\x18\r \x01(\x01\x1a-\n\x0bStageSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a,\n\nBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x82\x01\n\x0b\x43\x65rtificate\x12\x17\n\x0f\x61greeing_tokens\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0f\n\x07kl_mean\x18\x03 \x01(\x01\x12\x13\n\x0blogit_error\x18\x04 \x01(\x01\x12\x13\n\x0b\x65scalations\x18\x05 \x01(\r\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\"Q\n\x06Target\x12\x14\n\x0c\x62udget_bytes\x18\x01 \x01(\x04\x12\x10\n\x08max_bits\x18\x02 \x01(\x01\x12\x0f\n\x07quality\x18\x03 \x01(\x01\x12\x0e\n\x06verify\x18\x04 \x01(\x08\"\x0b\n\tHeartbeat\"\x18\n\x16GetCapabilitiesRequest\"H\n\x17GetCapabilitiesResponse\x12-\n\x0c\x63\x61pabilities\x18\x01 \x01(\x0b\x32\x17.kvlink.v1.Capabilitiesb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvlink/v1/common.proto\x12\tkvlink.v1\x1a\x14kvlink/v1/wire.proto\"\x86\x03\n\x0c\x43\x61pabilities\x12\x14\n\x0cprotocol_min\x18\x01 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x02 \x01(\r\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12+\n\x0b\x66ingerprint\x18\x04 \x01(\x0b\x32\x16.kvlink.v1.Fingerprint\x12\x1e\n\x05modes\x18\x05 \x03(\x0e\x32\x0f.kvlink.v1.Mode\x12\x0e\n\x06\x63odecs\x18\x06 \x03(\t\x12 \n\x06\x63oders\x18\x07 \x03(\x0e\x32\x10.kvlink.v1.Coder\x12!\n\x06limits\x18\x08 \x01(\x0b\x32\x11.kvlink.v1.Limits\x12\x1c\n\x14prefill_tokens_per_s\x18\t \x01(\x01\x12\x0f\n\x07release\x18\n \x01(\t\x12\x1f\n\x05\x64type\x18\x0b \x01(\x0e\x32\x10.kvlink.v1.Dtype\x12\x10\n\x08profiles\x18\x0c \x03(\x0c\x12!\n\x06sketch\x18\r \x01(\x0b\x32\x11.kvlink.v1.Sketch\x12\x0f\n\x07\x61\x64\x64ress\x18\x0e \x01(\t\"\xb7\x01\n\x06Limits\x12\x17\n\x0fmax_cache_bytes\x18\x01 \x01(\x04\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\x04\x12\x17\n\x0fmax_frame_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cmax_segments\x18\x04 \x01(\x04\x12\x16\n\x0emax_text_bytes\x18\x05 \x01(\x04\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\x04\x12\x19\n\x11max_profile_bytes\x18\x07 \x01(\x04\"\xc5\x03\n\x07Receipt\x12/\n\x07stage_s\x18\x01 \x03(\x0b\x32\x1e.kvlink.v1.Receipt.StageSEntry\x12,\n\x05\x62ytes\x18\x02 \x03(\x0b\x32\x1d.kvlink.v1.Receipt.BytesEntry\x12\x12\n\nwire_bytes\x18\x03 \x01(\x04\x12\x14\n\x0csocket_bytes\x18\x04 \x01(\x04\x12\x18\n\x10\x62its_per_element\x18\x05 \x01(\x01\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x01(\r\x12\x13\n\x0bkept_tokens\x18\x07 \x01(\r\x12\x0e\n\x06recipe\x18\x08 \x01(\t\x12\x13\n\x0btransfer_id\x18\t \x01(\t\x12\x15\n\relement_count\x18\n \x01(\x04\x12+\n\x0b\x63\x65rtificate\x18\x0b \x01(\x0b\x32\x16.kvlink.v1.Certificate\x12\x10\n\x08segments\x18\x0c \x01(\r\x12\x12\n\nkept_share\x18\r \x01(\x01\x1a-\n\x0bStageSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a,\n\nBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x82\x01\n\x0b\x43\x65rtificate\x12\x17\n\x0f\x61greeing_tokens\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0f\n\x07kl_mean\x18\x03 \x01(\x01\x12\x13\n\x0blogit_error\x18\x04 \x01(\x01\x12\x13\n\x0b\x65scalations\x18\x05 \x01(\r\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\"Q\n\x06Target\x12\x14\n\x0c\x62udget_bytes\x18\x01 \x01(\x04\x12\x10\n\x08max_bits\x18\x02 \x01(\x01\x12\x0f\n\x07quality\x18\x03 \x01(\x01\x12\x0e\n\x06verify\x18\x04 \x01(\x08\"\x0b\n\tHeartbeat\"\x18\n\x16GetCapabilitiesRequest\"H\n\x17GetCapabilitiesResponse\x12-\n\x0c\x63\x61pabilities\x18\x01 \x01(\x0b\x32\x17.kvlink.v1.Capabilitiesb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,21 +39,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CAPABILITIES']._serialized_start=60
   _globals['_CAPABILITIES']._serialized_end=450
   _globals['_LIMITS']._serialized_start=453
-  _globals['_LIMITS']._serialized_end=609
-  _globals['_RECEIPT']._serialized_start=612
-  _globals['_RECEIPT']._serialized_end=1065
-  _globals['_RECEIPT_STAGESENTRY']._serialized_start=974
-  _globals['_RECEIPT_STAGESENTRY']._serialized_end=1019
-  _globals['_RECEIPT_BYTESENTRY']._serialized_start=1021
-  _globals['_RECEIPT_BYTESENTRY']._serialized_end=1065
-  _globals['_CERTIFICATE']._serialized_start=1068
-  _globals['_CERTIFICATE']._serialized_end=1198
-  _globals['_TARGET']._serialized_start=1200
-  _globals['_TARGET']._serialized_end=1281
-  _globals['_HEARTBEAT']._serialized_start=1283
-  _globals['_HEARTBEAT']._serialized_end=1294
-  _globals['_GETCAPABILITIESREQUEST']._serialized_start=1296
-  _globals['_GETCAPABILITIESREQUEST']._serialized_end=1320
-  _globals['_GETCAPABILITIESRESPONSE']._serialized_start=1322
-  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=1394
+  _globals['_LIMITS']._serialized_end=636
+  _globals['_RECEIPT']._serialized_start=639
+  _globals['_RECEIPT']._serialized_end=1092
+  _globals['_RECEIPT_STAGESENTRY']._serialized_start=1001
+  _globals['_RECEIPT_STAGESENTRY']._serialized_end=1046
+  _globals['_RECEIPT_BYTESENTRY']._serialized_start=1048
+  _globals['_RECEIPT_BYTESENTRY']._serialized_end=1092
+  _globals['_CERTIFICATE']._serialized_start=1095
+  _globals['_CERTIFICATE']._serialized_end=1225
+  _globals['_TARGET']._serialized_start=1227
+  _globals['_TARGET']._serialized_end=1308
+  _globals['_HEARTBEAT']._serialized_start=1310
+  _globals['_HEARTBEAT']._serialized_end=1321
+  _globals['_GETCAPABILITIESREQUEST']._serialized_start=1323
+  _globals['_GETCAPABILITIESREQUEST']._serialized_end=1347
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_start=1349
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=1421
 # @@protoc_insertion_point(module_scope)

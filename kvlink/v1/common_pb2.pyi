@@ -40,20 +40,22 @@ class Capabilities(_message.Message):
     def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., model_name: _Optional[str] = ..., fingerprint: _Optional[_Union[_wire_pb2.Fingerprint, _Mapping]] = ..., modes: _Optional[_Iterable[_Union[_wire_pb2.Mode, str]]] = ..., codecs: _Optional[_Iterable[str]] = ..., coders: _Optional[_Iterable[_Union[_wire_pb2.Coder, str]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., release: _Optional[str] = ..., dtype: _Optional[_Union[_wire_pb2.Dtype, str]] = ..., profiles: _Optional[_Iterable[bytes]] = ..., sketch: _Optional[_Union[_wire_pb2.Sketch, _Mapping]] = ..., address: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_cache_bytes", "max_context_tokens", "max_frame_bytes", "max_segments", "max_text_bytes", "max_new_tokens")
+    __slots__ = ("max_cache_bytes", "max_context_tokens", "max_frame_bytes", "max_segments", "max_text_bytes", "max_new_tokens", "max_profile_bytes")
     MAX_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     MAX_TEXT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PROFILE_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_cache_bytes: int
     max_context_tokens: int
     max_frame_bytes: int
     max_segments: int
     max_text_bytes: int
     max_new_tokens: int
-    def __init__(self, max_cache_bytes: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_frame_bytes: _Optional[int] = ..., max_segments: _Optional[int] = ..., max_text_bytes: _Optional[int] = ..., max_new_tokens: _Optional[int] = ...) -> None: ...
+    max_profile_bytes: int
+    def __init__(self, max_cache_bytes: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_frame_bytes: _Optional[int] = ..., max_segments: _Optional[int] = ..., max_text_bytes: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_profile_bytes: _Optional[int] = ...) -> None: ...
 
 class Receipt(_message.Message):
     __slots__ = ("stage_s", "bytes", "wire_bytes", "socket_bytes", "bits_per_element", "context_tokens", "kept_tokens", "recipe", "transfer_id", "element_count", "certificate", "segments", "kept_share")

@@ -30,10 +30,20 @@ class PushCacheRequest(_message.Message):
     def __init__(self, frame: _Optional[bytes] = ...) -> None: ...
 
 class PutProfileRequest(_message.Message):
-    __slots__ = ("data",)
+    __slots__ = ("start", "data")
+    START_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    start: PutProfileStart
     data: bytes
-    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, start: _Optional[_Union[PutProfileStart, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class PutProfileStart(_message.Message):
+    __slots__ = ("digest", "total_bytes")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    total_bytes: int
+    def __init__(self, digest: _Optional[bytes] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class PutProfileResponse(_message.Message):
     __slots__ = ("digest",)

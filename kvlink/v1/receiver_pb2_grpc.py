@@ -65,7 +65,7 @@ class ReceiverServiceStub(object):
                 request_serializer=kvlink_dot_v1_dot_receiver__pb2.DeleteCacheRequest.SerializeToString,
                 response_deserializer=kvlink_dot_v1_dot_receiver__pb2.DeleteCacheResponse.FromString,
                 _registered_method=True)
-        self.PutProfile = channel.unary_unary(
+        self.PutProfile = channel.stream_unary(
                 '/kvlink.v1.ReceiverService/PutProfile',
                 request_serializer=kvlink_dot_v1_dot_receiver__pb2.PutProfileRequest.SerializeToString,
                 response_deserializer=kvlink_dot_v1_dot_receiver__pb2.PutProfileResponse.FromString,
@@ -122,8 +122,9 @@ class ReceiverServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def PutProfile(self, request, context):
-        """Take a profile ahead of transfers that name it. Refused where it is another model's.
+    def PutProfile(self, request_iterator, context):
+        """Take a profile ahead of transfers that name it, in pieces. Refused before anything is kept where it is too
+        large or there is no room, and at its end where it is another model's. A stream that breaks leaves nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -162,7 +163,7 @@ def add_ReceiverServiceServicer_to_server(servicer, server):
                     request_deserializer=kvlink_dot_v1_dot_receiver__pb2.DeleteCacheRequest.FromString,
                     response_serializer=kvlink_dot_v1_dot_receiver__pb2.DeleteCacheResponse.SerializeToString,
             ),
-            'PutProfile': grpc.unary_unary_rpc_method_handler(
+            'PutProfile': grpc.stream_unary_rpc_method_handler(
                     servicer.PutProfile,
                     request_deserializer=kvlink_dot_v1_dot_receiver__pb2.PutProfileRequest.FromString,
                     response_serializer=kvlink_dot_v1_dot_receiver__pb2.PutProfileResponse.SerializeToString,
@@ -341,7 +342,7 @@ class ReceiverService(object):
             _registered_method=True)
 
     @staticmethod
-    def PutProfile(request,
+    def PutProfile(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -351,8 +352,8 @@ class ReceiverService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_unary(
+            request_iterator,
             target,
             '/kvlink.v1.ReceiverService/PutProfile',
             kvlink_dot_v1_dot_receiver__pb2.PutProfileRequest.SerializeToString,

@@ -13,6 +13,7 @@ from kvlink.bounds import (
     FRAME,
     LAYERS,
     MESSAGE,
+    PIECE,
     RECIPE,
     SHOWN,
     TEXT,
@@ -70,7 +71,7 @@ FIELDS: dict[str, Rules] = {
     "Limits": dict.fromkeys(
         (
             "max_cache_bytes", "max_context_tokens", "max_frame_bytes", "max_segments", "max_text_bytes",
-            "max_new_tokens",
+            "max_new_tokens", "max_profile_bytes",
         ), _SIZE),
     "Receipt": {
         "stage_s": ByName(STAGES, _SECONDS),
@@ -102,7 +103,8 @@ FIELDS: dict[str, Rules] = {
     "GetCapabilitiesRequest": {},
     "GetCapabilitiesResponse": {"capabilities": Inner()},
     # receiver.proto
-    "PutProfileRequest": {"data": Bytes(most=MESSAGE.most)},
+    "PutProfileRequest": {"start": Inner(), "data": Bytes(most=PIECE.most)},
+    "PutProfileStart": {"digest": _DIGEST, "total_bytes": _SIZE},
     "PutProfileResponse": {"digest": _DIGEST},
     "PushCacheRequest": {"frame": _FRAME},
     "PushCacheResponse": {"state": Known(), "next_sequence": _COUNT, "cache_id": _ID, "receipt": Inner()},

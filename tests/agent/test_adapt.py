@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -299,9 +300,9 @@ async def test_a_profile_travels_once_to_a_receiver_that_lacks_it(tiny, stranger
     sent = []
     put = receiver.put_profile
 
-    async def counting(data: bytes, caller: Caller) -> bytes:
-        sent.append(len(data))
-        return await put(data, caller)
+    async def counting(digest: bytes, total_bytes: int, pieces: AsyncIterator[bytes], caller: Caller) -> None:
+        sent.append(total_bytes)
+        await put(digest, total_bytes, pieces, caller)
 
     receiver.put_profile = counting
     for _ in range(2):

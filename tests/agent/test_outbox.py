@@ -82,7 +82,9 @@ async def test_what_is_on_its_way_of_one_peer_leaves_room_for_another():
     box = Box()
     for number in range(5):
         await box.get(f"m{number}", MALLORY, 10, keep=True)
-    with pytest.raises(BusyError, match="at most 100 are packed at a time, 50 for one peer") as caught:
+    with pytest.raises(
+        BusyError, match="packed transfer: at most 100 are held here, 50 for one peer"
+    ) as caught:
         await box.get("m5", MALLORY, 10)
     assert caught.value.retry_after_s
     assert "m5" not in box

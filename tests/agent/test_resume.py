@@ -186,7 +186,7 @@ async def test_a_full_disk_loses_nothing(sender, frames, staged, monkeypatch):
 def test_a_full_folder_says_when_to_come_again(tmp_path):
     staging = Staging(tmp_path, max_bytes=1000)
     staging.begin(ID, {}).add(b"x" * 480)
-    with pytest.raises(BusyError, match="at most 1000 bytes are staged"):
+    with pytest.raises(BusyError, match="at most 1000 are held here"):
         staging.begin(b"1" * 16, {})
     staging.forget(ID)
     staging.begin(b"1" * 16, {}).close()

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from kvlink.agent.shares import Account, Movable, Shares, Whose, half
-from kvlink.errors import LimitError
+from kvlink.errors import BusyError, LimitError
 from kvlink.transport.api import Caller
 
 GONE = None
@@ -70,8 +70,15 @@ def holding(held: str) -> tuple[list[Movable], Counter[Account]]:
 def test_who_makes_room(why, held, newcomer, nbytes, goes):
     movable, taken = holding(held)
     peer, _, asker = newcomer.partition("/")
-    found = Shares("value", 100, 70).make_room(nbytes, Account(peer, asker), movable, taken)
-    assert found == (goes if goes is GONE else goes.split()), why
+    shares = Shares("value", 100, 70)
+    if goes is GONE:
+        with pytest.raises(
+            BusyError, match=f"for a value: at most 100 .* {taken.total()} are taken"
+        ) as caught:
+            shares.make_room(nbytes, Account(peer, asker), movable, taken, 3.0)
+        assert caught.value.retry_after_s == 3.0
+    else:
+        assert shares.make_room(nbytes, Account(peer, asker), movable, taken) == goes.split(), why
 
 
 def test_what_can_never_be_held_is_refused():
@@ -93,8 +100,9 @@ def test_nobody_loses_a_value_to_somebody_who_has_more(seed):
         taken = Counter()
         for item in held.values():
             taken[item.account] += item.nbytes
-        going = shares.make_room(nbytes, mine, movable, taken)
-        if going is None:
+        try:
+            going = shares.make_room(nbytes, mine, movable, taken)
+        except BusyError:
             continue
         lost = Counter()
         for key in going:

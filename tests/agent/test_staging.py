@@ -77,7 +77,9 @@ def test_what_is_at_work_stays_and_leaves_room_for_others(tmp_path):
     staging = Staging(tmp_path, 1000)
     begun = staging.begin(key("m0"), {}, MALLORY)
     begun.add(b"x" * 400)
-    with pytest.raises(BusyError, match="at most 1000 bytes are staged on disk, 500 for one peer") as caught:
+    with pytest.raises(
+        BusyError, match="transfer on disk: at most 1000 are held here, 500 for one peer"
+    ) as caught:
         keep(staging, "m1", MALLORY, 200)
     assert caught.value.retry_after_s
     assert on_disk(staging) == {"m0"}, "what found no room leaves nothing behind"

@@ -72,7 +72,7 @@ def test_what_can_never_fit_is_refused_and_pushes_nothing_out(store):
 
 def test_promised_room_counts(store):
     store.reserve(60)
-    with pytest.raises(LimitError, match="60 promised"):
+    with pytest.raises(LimitError, match="60 are taken"):
         store.put("x", 50)
     store.release(60)
     store.put("x", 50)

@@ -130,6 +130,8 @@ class Planner:
 
     def _stream(self, maker: Maker, method: MethodDescriptor, peer: str) -> list[bytes]:
         """Messages of a stream: an almost honest transfer, one that goes on or comes again, or random ones."""
+        if method.name == "PutProfile" and maker.rng.random() < 0.7:
+            return [self._slip(maker, message) for message in self.samples[method.name]]
         if method.name != "PushCache" or maker.rng.random() < 0.1:
             return [
                 maker.message(method.input_type).SerializeToString() for _ in range(maker.rng.randint(0, 4))
@@ -138,6 +140,13 @@ class Planner:
             receiver_pb2.PushCacheRequest(frame=frame).SerializeToString()
             for frame in self._frames(maker, peer)
         ]
+
+    @staticmethod
+    def _slip(maker: Maker, message: Any) -> bytes:
+        """A message of a stream, seldom with a slip in it."""
+        made = type(message)()
+        made.CopyFrom(message)
+        return (maker.changed(made) if maker.rng.random() < 0.1 else made).SerializeToString()
 
     def _frames(self, maker: Maker, peer: str) -> list[bytes]:
         rng = maker.rng

@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from blake3 import blake3
+
 from kvlink.errors import BusyError, KvlinkError
 from kvlink.eval.questions import Item, generated
 from kvlink.model.loading import embedded_folder
@@ -186,7 +188,7 @@ class Honest:
             ],
             "CancelTransfer": [receiver_pb2.CancelTransferRequest(transfer_id=b"t" * 16)],
             "DeleteCache": [receiver_pb2.DeleteCacheRequest(cache_id="x")],
-            "PutProfile": [receiver_pb2.PutProfileRequest(data=profile)],
+            "PutProfile": _in_pieces(profile),
             "PublishContext": [
                 sender_pb2.PublishContextRequest(text=text, lifetime_s=60),
                 sender_pb2.PublishContextRequest(text=text, readers=["anna"], earlier_turns=[turn]),
@@ -209,3 +211,10 @@ class Honest:
             ],
             "CancelDelivery": [sender_pb2.CancelDeliveryRequest(delivery_id=b"t" * 16)],
         }
+
+
+def _in_pieces(profile: bytes) -> list[receiver_pb2.PutProfileRequest]:
+    digest, kind = blake3(profile).digest(length=16), receiver_pb2.PutProfileRequest
+    start = receiver_pb2.PutProfileStart(digest=digest, total_bytes=len(profile))
+    pieces = [profile[at : at + 200_000] for at in range(0, len(profile), 200_000)]
+    return [kind(start=start), *(kind(data=piece) for piece in pieces)]
