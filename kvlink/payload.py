@@ -165,6 +165,16 @@ class CacheShape:
         return self.element_count * self.element_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A cache that a transfer adds to. `digest`: 16 bytes that name it, see `Base` in the proto. `tokens`: what it
+    stands for, the first ones of the context. `kept`: its positions in each set."""
+
+    digest: bytes
+    tokens: int
+    kept: int
+
+
 Adds = Literal["positions", "refinement", "text"]
 
 

@@ -77,6 +77,7 @@ class Receipt:
     context_tokens: int = 0
     kept_tokens: int = 0
     kept_share: float = 1.0
+    cache_digest: str = ""
     element_count: int = 0
     segments: int = 1
     stage_s: dict[str, float] = field(default_factory=dict)

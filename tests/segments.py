@@ -24,8 +24,13 @@ def encoded(
     return [encode(plan, recipe.coder, context) for plan in plans]
 
 
-def decoded(segments: Sequence[Segment], shape: CacheShape, context: CodecContext | None = None) -> KVCache:
-    return restored(segments, shape, lambda _: context or CodecContext())
+def decoded(
+    segments: Sequence[Segment],
+    shape: CacheShape,
+    context: CodecContext | None = None,
+    base: KVCache | None = None,
+) -> KVCache:
+    return restored(segments, shape, lambda _: context or CodecContext(), base)
 
 
 def there_and_back(

@@ -31,11 +31,12 @@ ContextOf = Callable[[Codec], CodecContext]
 class Builder:
     """A cache of `shape` that grows by segments."""
 
-    def __init__(self, shape: CacheShape, context_of: ContextOf) -> None:
+    def __init__(self, shape: CacheShape, context_of: ContextOf, base: KVCache | None = None) -> None:
+        """`base`: a cache to add to, of the same model and of no more tokens; it is copied. Raises CodecError."""
         self.shape = shape
         self.segments = 0
         self._context_of = context_of
-        self._layers: dict[int, LayerCache] = {}
+        self._layers: dict[int, LayerCache] = {} if base is None else _copied(base, shape)
         self._arrived: dict[int, LayerCache] = {}
         self._header: SegmentHeader | None = None
         self._context = CodecContext()
@@ -70,7 +71,7 @@ class Builder:
         header = self._opened()
         put = refined if header.adds == "refinement" else joined
         for index, layer in self._arrived.items():
-            there = self._layers.get(index)
+            there = None if layer.sliding else self._layers.get(index)
             self._layers[index] = layer if there is None else put(there, layer)
         self._header, self._arrived = None, {}
         self.segments += 1
@@ -95,6 +96,24 @@ class Builder:
         if header.adds == "refinement":
             return there.positions if there is not None else full_positions(heads, 0)
         return full_positions(heads, tokens) if there is None else missing_positions(there.positions, tokens)
+
+
+def _copied(base: KVCache, shape: CacheShape) -> dict[int, LayerCache]:
+    """The layers of `base` that stand in a cache of `shape` too: those with a sliding window see the last tokens
+    only, and are another's where the context is longer. Copies, since whoever holds `base` may wipe it."""
+    there = base.shape
+    for name in ("layers", "kv_heads", "head_size", "dtype"):
+        if getattr(there, name) != getattr(shape, name):
+            raise CodecError(
+                f"the base has other {name.replace('_', ' ')}: {getattr(there, name)}, expected {getattr(shape, name)}"
+            )
+    if there.tokens > shape.tokens:
+        raise CodecError(f"the base stands for {there.tokens} tokens, the transfer for {shape.tokens}")
+    return {
+        index: LayerCache(layer.keys.clone(), layer.values.clone(), layer.positions.clone(), layer.sliding)
+        for index, layer in enumerate(base.layers)
+        if not layer.sliding or there.tokens == shape.tokens
+    }
 
 
 def joined(there: LayerCache, more: LayerCache) -> LayerCache:
@@ -122,9 +141,11 @@ def refined(there: LayerCache, finer: LayerCache) -> LayerCache:
     return LayerCache(keys, values, there.positions, there.sliding)
 
 
-def restored(segments: Iterable[Segment], shape: CacheShape, context_of: ContextOf) -> KVCache:
-    """The cache that segments make. Raises CodecError, and what `context_of` raises."""
-    builder = Builder(shape, context_of)
+def restored(
+    segments: Iterable[Segment], shape: CacheShape, context_of: ContextOf, base: KVCache | None = None
+) -> KVCache:
+    """The cache that segments make of `base`, or of nothing. Raises CodecError, and what `context_of` raises."""
+    builder = Builder(shape, context_of, base)
     for segment in segments:
         builder.open(segment.header)
         for place, group in zip(groups_of(segment.header, shape), segment.groups, strict=True):

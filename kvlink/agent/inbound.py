@@ -15,6 +15,8 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +29,7 @@ from kvlink.agent.store import Store
 from kvlink.agent.threads import to_thread
 from kvlink.errors import AccessError, BusyError, KvlinkError, NotFoundError, RemoteProtocolError
 from kvlink.observe import Observer
+from kvlink.payload import Base
 from kvlink.receipt import Receipt
 from kvlink.transport.api import Caller, PushState, PushStatus
 from kvlink.wire.lifecycle import Event, Lifecycle
@@ -149,6 +152,7 @@ class InboundTransfers:
             self.apply(known, "gone")  # take it anew, or from disk
             known = None
         if known is None:
+            await self._recall_base(intake, caller)
             ticket = await self.gate.enter(caller.account)
             if key in self._transfers:  # another stream was faster
                 ticket.leave()
@@ -176,7 +180,9 @@ class InboundTransfers:
         self._transfers[key] = transfer
         try:
             async with transfer.lock:
-                await to_thread(self._recall, transfer)
+                with self._base_of(intake, caller) as base:
+                    await to_thread(intake.begin, base)
+                    await to_thread(self._recall, transfer, base)
                 if transfer.intake.session.next_sequence > 1:
                     segments = transfer.intake.segments
                     transfer.life = transfer.life.after("frame", time.monotonic(), segments=segments)
@@ -185,7 +191,32 @@ class InboundTransfers:
             self._let_go(transfer)
             raise
 
-    def _recall(self, transfer: InboundTransfer) -> None:
+    @contextmanager
+    def _base_of(self, intake: Intake, caller: Caller) -> Iterator[Held | None]:
+        """The cache that a transfer adds to, whole until this is left; None where it has none, or none is here."""
+        base = intake.manifest.base if intake.manifest else None
+        found = self._find_base(base, caller) if base else None
+        if found is None:
+            yield None
+            return
+        with self._store.lease(found, caller.name) as held:
+            yield held
+
+    def _find_base(self, base: Base, caller: Caller) -> str | None:
+        named = base.digest.hex()
+        return self._store.search(lambda held: held.receipt.cache_digest == named, caller.name)
+
+    async def _recall_base(self, intake: Intake, caller: Caller) -> None:
+        """Bring the base of a transfer back into memory where it is on disk only."""
+        base = intake.manifest.base if intake.manifest else None
+        if base is None or self._staging is None or self._find_base(base, caller):
+            return
+        for cache_id, (key, _) in list(self._on_disk.items()):
+            if self._staging.notes(key).get("cache_digest") == base.digest.hex():
+                await self.recall_cache(cache_id)
+                return
+
+    def _recall(self, transfer: InboundTransfer, base: Held | None) -> None:
         """Take the frames that are on disk, or begin a file there; in a thread."""
         key, frame = transfer.key, transfer.manifest_frame
         if self._staging is None:
@@ -209,6 +240,7 @@ class InboundTransfers:
                 log.warning("what was on disk is of no use: %s", error, extra=log_fields(transfer))
             transfer.file.close()
         transfer.intake = self._intake(frame)
+        transfer.intake.begin(base)
         transfer.file = self._staging.begin(key, _whose(transfer.caller), transfer.whose.account)
         transfer.file.add(frame)
 
@@ -239,7 +271,12 @@ class InboundTransfers:
             for earlier in [name for name, (key, _) in self._on_disk.items() if key == transfer.key]:
                 del self._on_disk[earlier]  # its file made room, and the transfer has come again
             self._on_disk[transfer.cache_id] = (transfer.key, until)
-            notes = {**_whose(caller), "cache_id": transfer.cache_id, "expires_at": until}
+            notes = {
+                **_whose(caller),
+                "cache_id": transfer.cache_id,
+                "expires_at": until,
+                "cache_digest": receipt.cache_digest,
+            }
             try:
                 self._staging.note(transfer.key, notes)
             except OSError as error:  # it is held all the same

@@ -24,14 +24,21 @@ from kvlink.cache import KVCache
 from kvlink.codecs import AUTO_CALIBRATION, Codec, Transform
 from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import unpack_part
-from kvlink.errors import CodecError, IdentityError, LimitError, TruncatedError
+from kvlink.errors import (
+    CodecError,
+    IdentityError,
+    LimitError,
+    NotFoundError,
+    RemoteProtocolError,
+    TruncatedError,
+)
 from kvlink.model.calibrate import rotation
 from kvlink.model.exchange import generate_inputs, to_dynamic_cache
 from kvlink.model.generate import Answer, Step, answer, generate
 from kvlink.model.loading import EMBEDDED, LanguageModel, language_model
 from kvlink.model.prefill import prefill
 from kvlink.model.restore import cache_shape, join
-from kvlink.payload import CacheShape, Part, Prompt
+from kvlink.payload import CacheShape, Part, Prompt, SegmentHeader
 from kvlink.profile import Profile
 from kvlink.receipt import Receipt
 from kvlink.wire.file import read_frames
@@ -56,6 +63,13 @@ class Held:
     receipt: Receipt
     template_id: str = ""
     """Of the template that the context was written in; "" is the model's own."""
+    context_digest: bytes = b""
+
+    @property
+    def kept(self) -> int:
+        """Positions in each set."""
+        full = [layer.positions.shape[1] for layer in self.cache.layers if not layer.sliding]
+        return full[0] if full else self.cache.tokens
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +102,29 @@ class Intake:
     def manifest(self) -> Manifest | None:
         return self.session.manifest
 
+    def begin(self, base: Held | None) -> None:
+        """Give it the cache that the manifest names as its base, which is copied. Raises NotFoundError where
+        there is none, RemoteProtocolError and IdentityError where it is not what the manifest says of it."""
+        manifest, named = self.session.told(), self.session.told().base
+        if named is None:
+            return
+        if base is None or base.receipt.cache_digest != named.digest.hex():
+            raise NotFoundError(
+                f"base {named.digest.hex()} is not here: never held, expired, or another peer's; send all of it"
+            )
+        if base.template_id != manifest.prompt.template_id:
+            raise IdentityError(f"prompt template: the base's is {base.template_id}, the transfer's another")
+        same = base.cache.tokens == manifest.shape.tokens
+        if same and base.context_digest != manifest.context_digest:
+            raise IdentityError("the base is a cache of another context")
+        kept = base.kept
+        if (base.cache.tokens, kept) != (named.tokens, named.kept):
+            raise RemoteProtocolError(
+                f"the base has {kept} positions of {base.cache.tokens} tokens, the manifest says "
+                f"{named.kept} of {named.tokens}"
+            )
+        self._builder = Builder(manifest.shape, self._context_of, base.cache)
+
     @property
     def segments(self) -> int:
         """Segments that have closed: what they bring may be used."""
@@ -100,8 +137,7 @@ class Intake:
             if isinstance(event, ManifestReceived):
                 self._check(event.manifest)
             elif isinstance(event, SegmentOpened):
-                if self._builder is not None:
-                    self._builder.open(event.header)
+                self._open(event.header)
             elif isinstance(event, GroupReceived):
                 self._take_group(event)
             elif isinstance(event, SegmentClosed):
@@ -113,6 +149,12 @@ class Intake:
         """Let go of the cache and the coded bytes; the session still tells where it is."""
         self.held = None
         self._builder = self._text = None
+
+    def _open(self, header: SegmentHeader) -> None:
+        if self._builder is not None:
+            self._builder.open(header)
+        elif header.adds != "text":
+            raise NotFoundError("the base of this transfer is not here")
 
     def _take_group(self, event: GroupReceived) -> None:
         builder = self._builder
@@ -151,7 +193,7 @@ class Intake:
             require_usable(lm, manifest.recipe)
             lm.sketch.require_match(manifest.sketch)
             self._context_of(manifest.recipe.codec)
-            self._builder = Builder(shape, self._context_of)
+            self._builder = None if manifest.base else Builder(shape, self._context_of)
         # Coded bytes and the rebuilt cache exist together for a moment.
         self.needed_bytes = 2 * own_shape.cache_bytes + lm.reading_bytes(manifest.text_bytes)
 
@@ -177,7 +219,7 @@ class Intake:
     def hold(self) -> Held:
         """What the segments that have closed make. Raises TruncatedError where none has."""
         manifest, builder, closed = self.session.manifest, self._builder, self.session.closed
-        if manifest is None or not closed:
+        if manifest is None or not (closed or manifest.base):
             raise TruncatedError(f"no segment has closed, in {len(self._frame_bytes)} frames")
         began = time.perf_counter()
         if builder is None and self._text is not None:
@@ -197,13 +239,15 @@ class Intake:
                 recipe=str(manifest.recipe),
                 context_tokens=cache.tokens,
                 kept_tokens=kept_tokens(closed, manifest.recipe),
-                kept_share=kept_share(closed, manifest.shape),
+                kept_share=kept_share(closed, manifest.shape, manifest.base),
                 element_count=manifest.shape.element_count,
                 segments=len(closed),
                 stage_s=stage_s,
                 bytes=count_bytes(self._frame_bytes, self.session.part_bytes),
+                cache_digest=self.session.cache_digest.hex(),
             ),
             manifest.prompt.template_id,
+            manifest.context_digest,
         )
 
     def _context_of(self, codec: Codec) -> CodecContext:
@@ -286,16 +330,25 @@ class Receiver:
         return [*own, *self.profiles]
 
     def receive(
-        self, frames: Iterable[bytes], limits: Limits | None = None, *, partial: bool = False
+        self,
+        frames: Iterable[bytes],
+        limits: Limits | None = None,
+        *,
+        partial: bool = False,
+        base: Held | None = None,
     ) -> Held:
-        """Take a whole transfer. `partial`: where it was cut, what had closed by then is enough.
+        """Take a whole transfer. `partial`: where it was cut, what had closed by then is enough. `base`: what a
+        transfer adds to that names a base; it stays as it is.
 
-        Raises TruncatedError where the frames end too early: before the end, or before a segment has closed.
+        Raises TruncatedError where the frames end too early: before the end, or before a segment has closed;
+        NotFoundError where the transfer adds to another base.
         """
         intake = Intake(self.lm, limits, self.profiles)
         try:
-            for frame in frames:
+            for number, frame in enumerate(frames):
                 intake.take(frame)
+                if number == 0:
+                    intake.begin(base)
             intake.session.close()
         except TruncatedError:
             if not partial or not intake.segments:
@@ -305,9 +358,9 @@ class Receiver:
             raise CodecError("the transfer is complete but nothing was restored")
         return intake.held
 
-    def read_file(self, source: BinaryIO, *, partial: bool = False) -> Held:
-        """Take a transfer from a `.kvl` file; `partial`: also from one that was cut, as in `receive`."""
-        return self.receive(read_frames(source), partial=partial)
+    def read_file(self, source: BinaryIO, *, partial: bool = False, base: Held | None = None) -> Held:
+        """Take a transfer from a `.kvl` file; `partial`: also from one that was cut; `base`: as in `receive`."""
+        return self.receive(read_frames(source), partial=partial, base=base)
 
     def join(self, *held: Held) -> Held:
         """Refused by name: contexts that were read apart cannot become one. Raises ContextError."""

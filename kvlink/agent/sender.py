@@ -14,7 +14,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kvlink.agent.adapt import Packing, automatic
 from kvlink.agent.builder import restored
+from kvlink.agent.plan import Delivered, delivered, plan, plan_missing
 from kvlink.agent.transfer import Outline, Transfer, outlined, outlined_text
 from kvlink.agent.uses import require_usable
 from kvlink.cache import Evidence, KVCache
@@ -38,7 +39,7 @@ from kvlink.model.calibrate import rotation, units
 from kvlink.model.exchange import generate_inputs
 from kvlink.model.generate import Answer, answer, divergence, logits_along
 from kvlink.model.loading import EMBEDDED, LanguageModel, language_model
-from kvlink.model.prefill import prefill, read_context, read_press, read_question
+from kvlink.model.prefill import prefill, prefill_more, read_context, read_press, read_question
 from kvlink.model.restore import cache_shape
 from kvlink.payload import Prompt, TurnLike, turns_from
 from kvlink.receipt import Certificate, Receipt
@@ -51,6 +52,8 @@ from kvlink.wire.session import CHUNK_BYTES, read_transfer
 DRAFT_TOKENS = 24
 _FIT_ROUNDS = 6
 _COUNTED = ("ratio", "count")
+_DELIVERED = 32
+"""Transfers of a context that later ones can add to."""
 _ID_BYTES = 36
 """Of a token's id in a list."""
 
@@ -78,6 +81,8 @@ class Context:
     cache: KVCache
     prefill_s: float
     evidence: dict[tuple[Any, ...], Evidence] = field(default_factory=dict)
+    delivered: dict[bytes, Delivered] = field(default_factory=dict)
+    """What transfers of this context, or of one that it extends, leave at a receiver, by its digest."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -94,6 +99,14 @@ class Context:
         self.cache.wipe()
         self.text, self.ids = "", []
         self.evidence.clear()
+        self.delivered.clear()
+
+    def remember(self, left: Delivered) -> None:
+        """Note what a transfer leaves at a receiver; the latest ones are kept."""
+        with self.lock:
+            self.delivered[left.digest] = left
+            while len(self.delivered) > _DELIVERED:
+                del self.delivered[next(iter(self.delivered))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +160,28 @@ class Sender:
         cache = cache_of(self.lm, past_key_values, ids)
         text, prompt = prompt_of(self.lm, ids, turns_from(turns))
         return Context(text, ids, prompt, cache, 0.0)
+
+    def extend(self, context: Context, more: str) -> Context:
+        """The context with `more` text behind, which alone is read; `context` stays as it is.
+
+        What a receiver holds of `context` is a base for transfers of the longer one. Raises ContextError.
+        """
+        return self.read_on(context, self.continued(context, more))
+
+    def continued(self, context: Context, more: str) -> Cut:
+        """The context with `more` text behind, in tokens, which begin with the context's. Raises ContextError."""
+        lm = self._asking(context)
+        text, ids = lm.continued_ids(context.ids, context.text, more, context.prompt)
+        return Cut(text, context.prompt, ids, cache_shape(self.lm, len(ids)).cache_bytes)
+
+    def read_on(self, context: Context, cut: Cut) -> Context:
+        """Read the tokens of `cut` behind those of `context`."""
+        began = time.perf_counter()
+        cache = prefill_more(self.lm, context.cache, cut.ids[len(context.ids) :])
+        _require_finite(cache)
+        with context.lock:
+            left = dict(context.delivered)
+        return Context(cut.text, cut.ids, cut.prompt, cache, time.perf_counter() - began, delivered=left)
 
     def answer(self, context: Context, question: str, **options: float) -> Answer:
         """What the sender itself answers, from its full cache."""
@@ -216,17 +251,21 @@ class Sender:
         target: Target | None = None,
         look: Look | None = None,
         transfer_id: bytes = b"",
+        base: bytes = b"",
     ) -> Transfer:
         """Reduce the context for `question` and frame it. `recipe`: `auto` too.
 
         `target`: what the message should be like, see `agent.adapt`.
         `look`: what `look` gave for this question and method, where several recipes share it.
         `transfer_id`: 16 bytes; random where none are given.
+        `base`: the `cache_digest` of an earlier transfer of this context, or of one that it extends: only what is
+        missing there travels. Where it is not known, where the recipe cannot add to it, and with `verify`, all does.
         Raises RecipeError, ContextError, LimitError (nothing meets the target; it says what the least is).
         """
         target, name = target or Target(), transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES)
         recipe = self.recipe(recipe, target) if isinstance(recipe, str) else recipe
-        return Packing(self, context, question, target, name, look).run(recipe)
+        known = None if target.verify else context.delivered.get(base)
+        return Packing(self, context, question, target, name, look, known).run(recipe)
 
     def recipe(self, text: str, target: Target | None = None) -> Recipe:
         """The recipe that a text stands for, `auto` included. Raises RecipeError, where the model cannot
@@ -236,19 +275,22 @@ class Sender:
         require_usable(self.lm, found)
         return found
 
-    def pack_once(self, context: Context, transfer_id: bytes, recipe: Recipe, look: Look) -> Transfer:
+    def pack_once(
+        self, context: Context, transfer_id: bytes, recipe: Recipe, look: Look, base: Delivered | None = None
+    ) -> Transfer:
         """One recipe as it is, with what was looked at. Raises LimitError where its budget is too small."""
         recipe = self._resolved(recipe)
         clock = _Clock(look.stage_s, transfer_id)
+        base = base if base is not None and base.serves(recipe) else None
         if recipe.mode == "text":
             if not context.text:
                 raise RecipeError("the context has no text that is cut into its token ids: send its cache")
             part = pack_part("text", context.text.encode(), recipe.coder)
             clock.lap("encode")
-            return self._framed(context, recipe, [outlined_text(part)], clock, None)
+            return self._framed(context, recipe, [outlined_text(part)], clock)
         if recipe.selection.amount.unit == "bytes":
-            return self._fit(context, recipe, look, clock)
-        return self._planned(context, recipe, look, clock)
+            return self._fit(context, recipe, look, clock, base)
+        return self._planned(context, recipe, look, clock, base)
 
     def certify(
         self, context: Context, question: str, transfer: Transfer, escalations: int = 0
@@ -317,27 +359,35 @@ class Sender:
                 context.evidence[key] = found
             return context.evidence[key]
 
-    def _planned(self, context: Context, recipe: Recipe, look: Look, clock: _Clock) -> Transfer:
-        """Choose the positions; with a background the others come too, in a segment behind."""
+    def _planned(
+        self, context: Context, recipe: Recipe, look: Look, clock: _Clock, base: Delivered | None
+    ) -> Transfer:
+        """Choose the positions, and plan the segments that bring them, or what is missing of them."""
         selection, cache = recipe.selection, context.cache
-        if selection.method == "all":
-            plans = [SegmentPlan.of(cache, recipe.codec)]
-        else:
+        positions, scores = None, None
+        if selection.method != "all":
             positions = choose_positions(look.evidence, selection, cache.shape)
-            if selection.when == "during":
-                plans = [SegmentPlan.of(prefill(self.lm, context.ids, positions), recipe.codec)]
-            else:
-                plans = [SegmentPlan.of(cache, recipe.codec, positions)]
-            if recipe.background is not None and positions.shape[-1] < cache.tokens:
-                others = cache.others(positions)
-                plans.append(SegmentPlan.of(cache, recipe.background, others, rest=True))
+        if base is not None:
+            scores = None if positions is None else score(look.evidence, selection, cache.shape)
+            plans = plan_missing(cache, recipe, positions, scores, base)
+        elif selection.when == "during":
+            plans = [SegmentPlan.of(prefill(self.lm, context.ids, positions), recipe.codec)]
+        else:
+            plans = plan(cache, recipe, positions)
         clock.lap("select")
         outlines = [
-            outlined(plan, recipe.coder, lambda codec: self._codec_context(codec, context)) for plan in plans
+            outlined(one, recipe.coder, lambda codec: self._codec_context(codec, context)) for one in plans
         ]
-        return self._framed(context, recipe, outlines, clock, look.draft)
 
-    def _fit(self, context: Context, recipe: Recipe, look: Look, clock: _Clock) -> Transfer:
+        def closed(count: int, digest: bytes) -> None:
+            if selection.when == "after":
+                context.remember(delivered(plans[:count], recipe, digest, base))
+
+        return self._framed(context, recipe, outlines, clock, look.draft, base, closed)
+
+    def _fit(
+        self, context: Context, recipe: Recipe, look: Look, clock: _Clock, base: Delivered | None
+    ) -> Transfer:
         """The largest count of tokens whose transfer fits the byte budget, by measured sizes."""
         budget, tokens = int(recipe.selection.amount.value), context.cache.tokens
         low, high, best = 0, tokens + 1, None
@@ -347,7 +397,7 @@ class Sender:
             selection = counted.selection
             if kept_count(selection, tokens) != guess:  # sinks and recent tokens are always in
                 guess = kept_count(selection, tokens)
-            transfer = self._planned(context, counted, look, clock)
+            transfer = self._planned(context, counted, look, clock, base)
             size = transfer.receipt.wire_bytes
             clock.lap("encode")
             if size <= budget:
@@ -366,7 +416,14 @@ class Sender:
         return best
 
     def _framed(
-        self, context: Context, recipe: Recipe, outlines: list[Outline], clock: _Clock, draft: Answer | None
+        self,
+        context: Context,
+        recipe: Recipe,
+        outlines: list[Outline],
+        clock: _Clock,
+        draft: Answer | None = None,
+        base: Delivered | None = None,
+        on_closed: Callable[[int, bytes], None] | None = None,
     ) -> Transfer:
         manifest = Manifest(
             transfer_id=clock.transfer_id or bytes(TRANSFER_ID_BYTES),
@@ -377,6 +434,7 @@ class Sender:
             context_digest=context.digest,
             text_bytes=len(context.text.encode()) if recipe.mode == "text" else 0,
             sketch=self.lm.sketch if recipe.mode == "kv" else None,
+            base=base.base if base else None,
         )
         headers = [header for header, _ in outlines]
         receipt = Receipt(
@@ -384,12 +442,12 @@ class Sender:
             recipe=str(recipe),
             context_tokens=context.cache.tokens,
             kept_tokens=kept_tokens(headers, recipe),
-            kept_share=kept_share(headers, manifest.shape),
+            kept_share=kept_share(headers, manifest.shape, manifest.base),
             segments=len(outlines),
             element_count=manifest.shape.element_count,
             stage_s=dict(clock.stage_s),
         )
-        return Transfer(manifest, outlines, receipt, draft, self._chunk_bytes)
+        return Transfer(manifest, outlines, receipt, draft, self._chunk_bytes, on_closed)
 
 
 def evidence_key(selection: Selection) -> tuple[Any, ...]:

@@ -102,13 +102,26 @@ class SenderService:
         )
 
     async def publish(
-        self, text: str, lifetime_s: int, turns: list[tuple[str, str]], caller: Caller = NOBODY
+        self,
+        text: str,
+        lifetime_s: int,
+        turns: list[tuple[str, str]],
+        caller: Caller = NOBODY,
+        extends: str = "",
     ) -> Published:
-        """Read a text and hold it for its publisher and the readers that were named."""
+        """Read a text and hold it for its publisher and the readers that were named.
+
+        `extends`: a context that the caller may use; `text` goes behind it and is read alone.
+        """
         earlier = [Turn(role, content) for role, content in turns]
         self._check_length("the context", text, *(turn.content for turn in earlier))
+        if extends and earlier:
+            raise InputError("a context that extends another has the earlier turns of that one")
         with await self._work.enter(caller.account), ExitStack() as held:
-            context = await self._read(text, earlier, Whose.left_by(caller), held)
+            if extends:
+                context = await self._read_on(extends, text, caller, held)
+            else:
+                context = await self._read(text, earlier, Whose.left_by(caller), held)
         key = self.store.put(context, context.nbytes, lifetime_s, whose=Whose.left_by(caller))
         lasting = self.store.granted_s(lifetime_s)
         return Published(key, context.cache.tokens, context.cache.nbytes, context.prefill_s, int(lasting))
@@ -132,9 +145,7 @@ class SenderService:
         @asynccontextmanager
         async def pack() -> AsyncIterator[Transfer]:
             with self.store.lease(fetch.context_id, caller.name) as context:
-                async with self._packing(
-                    context, fetch.question, chosen, fetch.target, key, caller
-                ) as transfer:
+                async with self._packing(context, fetch, chosen, key, caller) as transfer:
                     yield transfer
 
         held = await self.outbox.get(key, caller, request_digest(replace(fetch, next_sequence=0)), pack)
@@ -172,9 +183,7 @@ class SenderService:
             async def pack() -> AsyncIterator[Transfer]:
                 with contexts.used():
                     context = await contexts.get()
-                    async with self._packing(
-                        context, delivery.question, recipe, delivery.target, key, caller
-                    ) as transfer:
+                    async with self._packing(context, delivery, recipe, key, caller) as transfer:
                         transfer.note({"prefill": contexts.prefill_s})
                         yield transfer
 
@@ -304,14 +313,16 @@ class SenderService:
 
     @asynccontextmanager
     async def _packing(
-        self, context: Context, question: str, recipe: Recipe, target: Target, key: bytes, caller: Caller
+        self, context: Context, asked: Fetch | Delivery, recipe: Recipe, key: bytes, caller: Caller
     ) -> AsyncIterator[Transfer]:
         """A transfer whose frames may be made until this is left."""
         with (
             await self._work.enter(caller.account),
             self.observer.span("pack", caller.trace, transfer=key.hex()) as span,
         ):
-            found = await to_thread(self._sender.pack, context, question, recipe, target, None, key)
+            found = await to_thread(
+                self._sender.pack, context, asked.question, recipe, asked.target, None, key, asked.base_digest
+            )
             yield found
             for line in found.receipt.warnings:
                 log.warning("%s", line, extra={"transfer": found.receipt.transfer_id})
@@ -365,6 +376,16 @@ class SenderService:
         context = await to_thread(self._sender.prefill, cut)
         self._prefill_tokens_per_s = context.cache.tokens / max(context.prefill_s, 1e-9)
         return context
+
+    async def _read_on(self, extends: str, text: str, caller: Caller, held: ExitStack) -> Context:
+        """A held context with `text` behind, with room promised as in `_read`."""
+        whose = Whose.left_by(caller)
+        before = held.enter_context(self.store.lease(extends, caller.name))
+        reading = self._sender.lm.reading_bytes(len(before.text.encode()) + len(text.encode()))
+        held.enter_context(self.store.promised(reading, whose))
+        cut = await to_thread(self._sender.continued, before, text)
+        held.enter_context(self.store.promised(cut.cache_bytes, whose))
+        return await to_thread(self._sender.read_on, before, cut)
 
     def _recipe(self, text: str, target: Target) -> Recipe:
         """The caller's recipe or the default one. Raises RecipeError, AccessError."""

@@ -126,6 +126,15 @@ class Store(Generic[T]):
             entry.last_used, entry.fresh_until = self._now(), 0.0
             return entry.value
 
+    def search(self, match: Callable[[T], bool], who: str = "") -> str | None:
+        """The id of the latest value that `who` may use and that `match`es; a look, not a use."""
+        with self._lock:
+            self._expire()
+            for key, entry in reversed(self._entries.items()):
+                if entry.whose.may_use(who) and match(entry.value):
+                    return key
+            return None
+
     def delete(self, key: str, who: str = "") -> None:
         """Forget a value. Raises NotFoundError, and AccessError where `who` may only use it."""
         with self._lock:

@@ -49,13 +49,15 @@ class Transfer:
         receipt: Receipt,
         draft: Answer | None = None,
         chunk_bytes: int = CHUNK_BYTES,
+        on_closed: Callable[[int, bytes], None] | None = None,
     ) -> None:
-        """`receipt`: what is known before anything is packed; bytes and the time to encode are added."""
+        """`receipt`: what is known before anything is packed; bytes and the time to encode are added. `on_closed` is
+        told how many segments have closed, and the digest of what a receiver holds then."""
         self.manifest = manifest
         self.draft = draft
         self._receipt = receipt
         self._headers = [header for header, _ in outlines]
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes, self._on_closed = chunk_bytes, on_closed
         self._made: list[bytes] = []
         self._most_bytes = 0
         self._kept = True
@@ -185,8 +187,10 @@ class Transfer:
 
         def frames() -> Iterator[bytes]:
             yield session.open()
-            for header, groups in outlines:
+            for count, (header, groups) in enumerate(outlines, 1):
                 yield from session.segment(header, map(counted, clock.over(groups)))
+                if self._on_closed is not None:
+                    self._on_closed(count, session.cache_digest)
             yield session.end()
 
         for frame in frames():
@@ -194,7 +198,9 @@ class Transfer:
             yield frame
         self._most_bytes = sum(sizes)
         told = self._receipt.with_stages(encode=self._receipt.stage_s.get("encode", 0.0) + clock.seconds)
-        self._receipt = replace(told, bytes=count_bytes(sizes, kinds))
+        self._receipt = replace(
+            told, bytes=count_bytes(sizes, kinds), cache_digest=session.cache_digest.hex()
+        )
 
 
 def outlined(plan: SegmentPlan, coder: str, context_of: Callable[[Codec], CodecContext]) -> Outline:

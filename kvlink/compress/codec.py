@@ -43,15 +43,17 @@ class SegmentPlan:
         positions: Tensor | None = None,
         adds: Adds = "positions",
         *,
-        first: bool = True,
         rest: bool = False,
+        first: bool | None = None,
     ) -> SegmentPlan:
-        """`first`: no segment came before, so layers with a sliding window come with this one. `rest`: the
-        positions are all that are missing, or for a refinement all that are there, so that no map is needed."""
+        """`rest`: the positions are all that are missing, or for a refinement all that are there, so that no map
+        is needed. `first`: layers with a sliding window come with this segment; where it is not said, unless it
+        is a rest."""
         sets = position_sets(cache, positions)
         kept = int(sets.shape[1])
         needs_map = not rest and kept != cache.tokens
-        sliding = adds == "positions" and first and not rest and any(layer.sliding for layer in cache.layers)
+        takes_sliding = adds == "positions" and (not rest if first is None else first)
+        sliding = takes_sliding and any(layer.sliding for layer in cache.layers)
         return cls(SegmentHeader(adds, codec, kept, len(sets) if needs_map else 0, sliding), cache, positions)
 
 

@@ -106,6 +106,29 @@ class LanguageModel:
             raise ContextError(f"the context has {len(ids)} tokens, the model's window {self.window}")
         return ids
 
+    def continued_ids(self, ids: list[int], text: str, more: str, prompt: Prompt) -> tuple[str, list[int]]:
+        """Text and token ids of a context of `ids` with `more` behind it and what the template writes after it.
+
+        The ids begin with `ids`. "" as text where no text is cut so: then `more` is cut on its own.
+        Raises ContextError.
+        """
+        if not more.strip():
+            raise ContextError("there is nothing to extend the context by")
+        after = prompt.after.decode()
+        self.require_room("the context", text, more)
+        if text:
+            joined = text + after + more
+            whole = self.context_ids(joined, prompt)
+            if whole[: len(ids)] == ids and len(whole) > len(ids):
+                return joined, whole
+        require_few_tokens(self.encoder.ids, self.window, "what extends the context", more)
+        found = [*ids, *self._readable(self.encoder.ids(more + self.encoder.own(after), before="x"))]
+        if len(found) >= self.window:
+            raise ContextError(
+                f"the context would have {len(found)} tokens, the model's window {self.window}"
+            )
+        return "", found
+
     def question_ids(self, question: str, context_tokens: int, new_tokens: int = 1) -> list[int]:
         """Token ids of the question's part, as they are cut behind a context.
 

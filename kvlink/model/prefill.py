@@ -46,6 +46,12 @@ def prefill(lm: LanguageModel, ids: Sequence[int], kept: Tensor | None = None) -
     return extract(cache, tokens, kept)
 
 
+def prefill_more(lm: LanguageModel, cache: KVCache, ids: Sequence[int]) -> KVCache:
+    """Read token `ids` behind those of a full `cache`, which stays as it is; the cache of both."""
+    grown = _forward(lm, ids, view(lm, cache), cache.tokens, seen=cache.tokens)
+    return extract(grown, cache.tokens + len(ids))
+
+
 def read_question(
     lm: LanguageModel, cache: KVCache, question: Sequence[int], draft: Sequence[int] = ()
 ) -> Evidence:

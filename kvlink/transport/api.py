@@ -67,7 +67,8 @@ class Published:
 class Delivery:
     """What to deliver: a published context or a text to read now, reduced for a question.
 
-    `delivery_id`: 16 bytes that name it, so that it can be resumed and cancelled.
+    `delivery_id`: 16 bytes that name it, so that it can be resumed and cancelled. `base_digest`: the
+    `cache_digest` of an earlier delivery to the same receiver: only what is missing there travels.
     """
 
     receiver: str
@@ -79,6 +80,7 @@ class Delivery:
     explain: bool = False
     target: Target = field(default_factory=Target)
     delivery_id: bytes = b""
+    base_digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ class Fetch:
     target: Target = field(default_factory=Target)
     transfer_id: bytes = b""
     next_sequence: int = 0
+    base_digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +174,7 @@ class SenderHandler(Protocol):
 
     def capabilities(self) -> Capabilities: ...
     async def publish(
-        self, text: str, lifetime_s: int, turns: list[tuple[str, str]], caller: Caller
+        self, text: str, lifetime_s: int, turns: list[tuple[str, str]], caller: Caller, extends: str
     ) -> Published: ...
     def unpublish(self, context_id: str, caller: Caller) -> None: ...
     def fetch_cache(self, fetch: Fetch, caller: Caller) -> AsyncIterator[bytes]: ...

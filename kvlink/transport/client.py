@@ -203,8 +203,12 @@ class SenderClient(Client):
         lifetime_s: int = 0,
         turns: Iterable[TurnLike] = (),
         readers: Sequence[str] = (),
+        extends: str = "",
     ) -> Published:
-        """Let the sender read a text and hold it; `readers` may use it beside this peer."""
+        """Let the sender read a text and hold it; `readers` may use it beside this peer.
+
+        `extends`: the id of a context that is held there: the text goes behind it, and alone is read.
+        """
         request = convert.request(
             sender_pb2.PublishContextRequest,
             text=text,
@@ -214,6 +218,7 @@ class SenderClient(Client):
                 for turn in turns_from(turns)
             ],
             readers=readers,
+            extends=extends,
         )
         done = await self._unary("PublishContext", request)
         return Published(
@@ -238,6 +243,7 @@ class SenderClient(Client):
             recipe=fetch.recipe,
             transfer_id=fetch.transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES),
             target=convert.target_to_proto(fetch.target),
+            base_digest=fetch.base_digest,
         )
         left = fetch.target.budget_bytes or sys.maxsize
 
@@ -299,6 +305,7 @@ class SenderClient(Client):
             answer_here=delivery.answer_here,
             explain=delivery.explain,
             delivery_id=delivery.delivery_id,
+            base_digest=delivery.base_digest,
             **({"context_id": delivery.context_id} if delivery.context_id else {"text": delivery.text}),
         )
         expected = Delivering()

@@ -138,7 +138,7 @@ class _Sender(_Agent):
         turns = [(turn.role, turn.content) for turn in request.earlier_turns]
         check_readers(request.readers)
         told = replace(caller, readers=tuple(request.readers))
-        done = await self._handler.publish(request.text, request.lifetime_s, turns, told)
+        done = await self._handler.publish(request.text, request.lifetime_s, turns, told, request.extends)
         return sender_pb2.PublishContextResponse(
             context_id=done.context_id,
             context_tokens=done.context_tokens,
@@ -161,6 +161,7 @@ class _Sender(_Agent):
             convert.target_from_proto(request.target),
             request.transfer_id,
             request.next_sequence,
+            request.base_digest,
         )
         async with aclosing(self._handler.fetch_cache(fetch, caller)) as frames:
             async for frame in frames:
@@ -178,6 +179,7 @@ class _Sender(_Agent):
             answer_here=request.answer_here,
             explain=request.explain,
             delivery_id=request.delivery_id,
+            base_digest=request.base_digest,
         )
         async with aclosing(self._handler.deliver_cache(delivery, caller)) as told:
             async for progress in told:

@@ -58,7 +58,7 @@ class Limits(_message.Message):
     def __init__(self, max_cache_bytes: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_frame_bytes: _Optional[int] = ..., max_segments: _Optional[int] = ..., max_text_bytes: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., max_profile_bytes: _Optional[int] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("stage_s", "bytes", "wire_bytes", "socket_bytes", "bits_per_element", "context_tokens", "kept_tokens", "recipe", "transfer_id", "element_count", "certificate", "segments", "kept_share")
+    __slots__ = ("stage_s", "bytes", "wire_bytes", "socket_bytes", "bits_per_element", "context_tokens", "kept_tokens", "recipe", "transfer_id", "element_count", "certificate", "segments", "kept_share", "cache_digest")
     class StageSEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,7 @@ class Receipt(_message.Message):
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     KEPT_SHARE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     stage_s: _containers.ScalarMap[str, float]
     bytes: _containers.ScalarMap[str, int]
     wire_bytes: int
@@ -99,7 +100,8 @@ class Receipt(_message.Message):
     certificate: Certificate
     segments: int
     kept_share: float
-    def __init__(self, stage_s: _Optional[_Mapping[str, float]] = ..., bytes: _Optional[_Mapping[str, int]] = ..., wire_bytes: _Optional[int] = ..., socket_bytes: _Optional[int] = ..., bits_per_element: _Optional[float] = ..., context_tokens: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., recipe: _Optional[str] = ..., transfer_id: _Optional[str] = ..., element_count: _Optional[int] = ..., certificate: _Optional[_Union[Certificate, _Mapping]] = ..., segments: _Optional[int] = ..., kept_share: _Optional[float] = ...) -> None: ...
+    cache_digest: str
+    def __init__(self, stage_s: _Optional[_Mapping[str, float]] = ..., bytes: _Optional[_Mapping[str, int]] = ..., wire_bytes: _Optional[int] = ..., socket_bytes: _Optional[int] = ..., bits_per_element: _Optional[float] = ..., context_tokens: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., recipe: _Optional[str] = ..., transfer_id: _Optional[str] = ..., element_count: _Optional[int] = ..., certificate: _Optional[_Union[Certificate, _Mapping]] = ..., segments: _Optional[int] = ..., kept_share: _Optional[float] = ..., cache_digest: _Optional[str] = ...) -> None: ...
 
 class Certificate(_message.Message):
     __slots__ = ("agreeing_tokens", "tokens", "kl_mean", "logit_error", "escalations", "seconds")

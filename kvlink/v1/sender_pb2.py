@@ -27,35 +27,35 @@ from kvlink.v1 import wire_pb2 as kvlink_dot_v1_dot_wire__pb2
 
 from kvlink.v1.wire_pb2 import *
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvlink/v1/sender.proto\x12\tkvlink.v1\x1a\x16kvlink/v1/common.proto\x1a\x14kvlink/v1/wire.proto\"r\n\x15PublishContextRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x12\n\nlifetime_s\x18\x02 \x01(\r\x12&\n\rearlier_turns\x18\x03 \x03(\x0b\x32\x0f.kvlink.v1.Turn\x12\x0f\n\x07readers\x18\x04 \x03(\t\"\x80\x01\n\x16PublishContextResponse\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x03 \x01(\x04\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\x12\x12\n\nlifetime_s\x18\x05 \x01(\r\"-\n\x17UnpublishContextRequest\x12\x12\n\ncontext_id\x18\x01 \x01(\t\"\x1a\n\x18UnpublishContextResponse\"\x98\x01\n\x11\x46\x65tchCacheRequest\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x0e\n\x06recipe\x18\x03 \x01(\t\x12!\n\x06target\x18\x04 \x01(\x0b\x32\x11.kvlink.v1.Target\x12\x13\n\x0btransfer_id\x18\x05 \x01(\x0c\x12\x15\n\rnext_sequence\x18\x06 \x01(\x04\"[\n\x12\x46\x65tchCacheResponse\x12\x0f\n\x05\x66rame\x18\x01 \x01(\x0cH\x00\x12)\n\theartbeat\x18\x02 \x01(\x0b\x32\x14.kvlink.v1.HeartbeatH\x00\x42\t\n\x07message\"\xd8\x01\n\x13\x44\x65liverCacheRequest\x12\x14\n\ncontext_id\x18\x01 \x01(\tH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x10\n\x08question\x18\x03 \x01(\t\x12\x0e\n\x06recipe\x18\x04 \x01(\t\x12!\n\x06target\x18\x05 \x01(\x0b\x32\x11.kvlink.v1.Target\x12\x10\n\x08receiver\x18\x06 \x01(\t\x12\x13\n\x0b\x61nswer_here\x18\x07 \x01(\x08\x12\x0f\n\x07\x65xplain\x18\x08 \x01(\x08\x12\x13\n\x0b\x64\x65livery_id\x18\t \x01(\x0c\x42\t\n\x07\x63ontext\",\n\x15\x43\x61ncelDeliveryRequest\x12\x13\n\x0b\x64\x65livery_id\x18\x01 \x01(\x0c\"\x18\n\x16\x43\x61ncelDeliveryResponse\"9\n\x0b\x45xplanation\x12\x0e\n\x06tokens\x18\x01 \x03(\t\x12\x0c\n\x04need\x18\x02 \x03(\x02\x12\x0c\n\x04kept\x18\x03 \x03(\x02\"\xc8\x01\n\x14\x44\x65liverCacheResponse\x12\x12\n\nsent_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\x12\x10\n\x08\x63\x61\x63he_id\x18\x04 \x01(\t\x12#\n\x07receipt\x18\x05 \x01(\x0b\x32\x12.kvlink.v1.Receipt\x12\x15\n\rsender_answer\x18\x06 \x01(\t\x12+\n\x0b\x65xplanation\x18\x07 \x01(\x0b\x32\x16.kvlink.v1.Explanation2\x94\x04\n\rSenderService\x12X\n\x0fGetCapabilities\x12!.kvlink.v1.GetCapabilitiesRequest\x1a\".kvlink.v1.GetCapabilitiesResponse\x12U\n\x0ePublishContext\x12 .kvlink.v1.PublishContextRequest\x1a!.kvlink.v1.PublishContextResponse\x12[\n\x10UnpublishContext\x12\".kvlink.v1.UnpublishContextRequest\x1a#.kvlink.v1.UnpublishContextResponse\x12K\n\nFetchCache\x12\x1c.kvlink.v1.FetchCacheRequest\x1a\x1d.kvlink.v1.FetchCacheResponse0\x01\x12Q\n\x0c\x44\x65liverCache\x12\x1e.kvlink.v1.DeliverCacheRequest\x1a\x1f.kvlink.v1.DeliverCacheResponse0\x01\x12U\n\x0e\x43\x61ncelDelivery\x12 .kvlink.v1.CancelDeliveryRequest\x1a!.kvlink.v1.CancelDeliveryResponseP\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvlink/v1/sender.proto\x12\tkvlink.v1\x1a\x16kvlink/v1/common.proto\x1a\x14kvlink/v1/wire.proto\"\x83\x01\n\x15PublishContextRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x12\n\nlifetime_s\x18\x02 \x01(\r\x12&\n\rearlier_turns\x18\x03 \x03(\x0b\x32\x0f.kvlink.v1.Turn\x12\x0f\n\x07readers\x18\x04 \x03(\t\x12\x0f\n\x07\x65xtends\x18\x05 \x01(\t\"\x80\x01\n\x16PublishContextResponse\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x03 \x01(\x04\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\x12\x12\n\nlifetime_s\x18\x05 \x01(\r\"-\n\x17UnpublishContextRequest\x12\x12\n\ncontext_id\x18\x01 \x01(\t\"\x1a\n\x18UnpublishContextResponse\"\xad\x01\n\x11\x46\x65tchCacheRequest\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x0e\n\x06recipe\x18\x03 \x01(\t\x12!\n\x06target\x18\x04 \x01(\x0b\x32\x11.kvlink.v1.Target\x12\x13\n\x0btransfer_id\x18\x05 \x01(\x0c\x12\x15\n\rnext_sequence\x18\x06 \x01(\x04\x12\x13\n\x0b\x62\x61se_digest\x18\x07 \x01(\x0c\"[\n\x12\x46\x65tchCacheResponse\x12\x0f\n\x05\x66rame\x18\x01 \x01(\x0cH\x00\x12)\n\theartbeat\x18\x02 \x01(\x0b\x32\x14.kvlink.v1.HeartbeatH\x00\x42\t\n\x07message\"\xed\x01\n\x13\x44\x65liverCacheRequest\x12\x14\n\ncontext_id\x18\x01 \x01(\tH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x10\n\x08question\x18\x03 \x01(\t\x12\x0e\n\x06recipe\x18\x04 \x01(\t\x12!\n\x06target\x18\x05 \x01(\x0b\x32\x11.kvlink.v1.Target\x12\x10\n\x08receiver\x18\x06 \x01(\t\x12\x13\n\x0b\x61nswer_here\x18\x07 \x01(\x08\x12\x0f\n\x07\x65xplain\x18\x08 \x01(\x08\x12\x13\n\x0b\x64\x65livery_id\x18\t \x01(\x0c\x12\x13\n\x0b\x62\x61se_digest\x18\n \x01(\x0c\x42\t\n\x07\x63ontext\",\n\x15\x43\x61ncelDeliveryRequest\x12\x13\n\x0b\x64\x65livery_id\x18\x01 \x01(\x0c\"\x18\n\x16\x43\x61ncelDeliveryResponse\"9\n\x0b\x45xplanation\x12\x0e\n\x06tokens\x18\x01 \x03(\t\x12\x0c\n\x04need\x18\x02 \x03(\x02\x12\x0c\n\x04kept\x18\x03 \x03(\x02\"\xc8\x01\n\x14\x44\x65liverCacheResponse\x12\x12\n\nsent_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\x12\x10\n\x08\x63\x61\x63he_id\x18\x04 \x01(\t\x12#\n\x07receipt\x18\x05 \x01(\x0b\x32\x12.kvlink.v1.Receipt\x12\x15\n\rsender_answer\x18\x06 \x01(\t\x12+\n\x0b\x65xplanation\x18\x07 \x01(\x0b\x32\x16.kvlink.v1.Explanation2\x94\x04\n\rSenderService\x12X\n\x0fGetCapabilities\x12!.kvlink.v1.GetCapabilitiesRequest\x1a\".kvlink.v1.GetCapabilitiesResponse\x12U\n\x0ePublishContext\x12 .kvlink.v1.PublishContextRequest\x1a!.kvlink.v1.PublishContextResponse\x12[\n\x10UnpublishContext\x12\".kvlink.v1.UnpublishContextRequest\x1a#.kvlink.v1.UnpublishContextResponse\x12K\n\nFetchCache\x12\x1c.kvlink.v1.FetchCacheRequest\x1a\x1d.kvlink.v1.FetchCacheResponse0\x01\x12Q\n\x0c\x44\x65liverCache\x12\x1e.kvlink.v1.DeliverCacheRequest\x1a\x1f.kvlink.v1.DeliverCacheResponse0\x01\x12U\n\x0e\x43\x61ncelDelivery\x12 .kvlink.v1.CancelDeliveryRequest\x1a!.kvlink.v1.CancelDeliveryResponseP\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvlink.v1.sender_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PUBLISHCONTEXTREQUEST']._serialized_start=83
-  _globals['_PUBLISHCONTEXTREQUEST']._serialized_end=197
-  _globals['_PUBLISHCONTEXTRESPONSE']._serialized_start=200
-  _globals['_PUBLISHCONTEXTRESPONSE']._serialized_end=328
-  _globals['_UNPUBLISHCONTEXTREQUEST']._serialized_start=330
-  _globals['_UNPUBLISHCONTEXTREQUEST']._serialized_end=375
-  _globals['_UNPUBLISHCONTEXTRESPONSE']._serialized_start=377
-  _globals['_UNPUBLISHCONTEXTRESPONSE']._serialized_end=403
-  _globals['_FETCHCACHEREQUEST']._serialized_start=406
-  _globals['_FETCHCACHEREQUEST']._serialized_end=558
-  _globals['_FETCHCACHERESPONSE']._serialized_start=560
-  _globals['_FETCHCACHERESPONSE']._serialized_end=651
-  _globals['_DELIVERCACHEREQUEST']._serialized_start=654
-  _globals['_DELIVERCACHEREQUEST']._serialized_end=870
-  _globals['_CANCELDELIVERYREQUEST']._serialized_start=872
-  _globals['_CANCELDELIVERYREQUEST']._serialized_end=916
-  _globals['_CANCELDELIVERYRESPONSE']._serialized_start=918
-  _globals['_CANCELDELIVERYRESPONSE']._serialized_end=942
-  _globals['_EXPLANATION']._serialized_start=944
-  _globals['_EXPLANATION']._serialized_end=1001
-  _globals['_DELIVERCACHERESPONSE']._serialized_start=1004
-  _globals['_DELIVERCACHERESPONSE']._serialized_end=1204
-  _globals['_SENDERSERVICE']._serialized_start=1207
-  _globals['_SENDERSERVICE']._serialized_end=1739
+  _globals['_PUBLISHCONTEXTREQUEST']._serialized_start=84
+  _globals['_PUBLISHCONTEXTREQUEST']._serialized_end=215
+  _globals['_PUBLISHCONTEXTRESPONSE']._serialized_start=218
+  _globals['_PUBLISHCONTEXTRESPONSE']._serialized_end=346
+  _globals['_UNPUBLISHCONTEXTREQUEST']._serialized_start=348
+  _globals['_UNPUBLISHCONTEXTREQUEST']._serialized_end=393
+  _globals['_UNPUBLISHCONTEXTRESPONSE']._serialized_start=395
+  _globals['_UNPUBLISHCONTEXTRESPONSE']._serialized_end=421
+  _globals['_FETCHCACHEREQUEST']._serialized_start=424
+  _globals['_FETCHCACHEREQUEST']._serialized_end=597
+  _globals['_FETCHCACHERESPONSE']._serialized_start=599
+  _globals['_FETCHCACHERESPONSE']._serialized_end=690
+  _globals['_DELIVERCACHEREQUEST']._serialized_start=693
+  _globals['_DELIVERCACHEREQUEST']._serialized_end=930
+  _globals['_CANCELDELIVERYREQUEST']._serialized_start=932
+  _globals['_CANCELDELIVERYREQUEST']._serialized_end=976
+  _globals['_CANCELDELIVERYRESPONSE']._serialized_start=978
+  _globals['_CANCELDELIVERYRESPONSE']._serialized_end=1002
+  _globals['_EXPLANATION']._serialized_start=1004
+  _globals['_EXPLANATION']._serialized_end=1061
+  _globals['_DELIVERCACHERESPONSE']._serialized_start=1064
+  _globals['_DELIVERCACHERESPONSE']._serialized_end=1264
+  _globals['_SENDERSERVICE']._serialized_start=1267
+  _globals['_SENDERSERVICE']._serialized_end=1799
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 from kvlink.v1.wire_pb2 import Frame as Frame
 from kvlink.v1.wire_pb2 import Manifest as Manifest
+from kvlink.v1.wire_pb2 import Base as Base
 from kvlink.v1.wire_pb2 import Fingerprint as Fingerprint
 from kvlink.v1.wire_pb2 import Sketch as Sketch
 from kvlink.v1.wire_pb2 import CacheShape as CacheShape
@@ -80,16 +81,18 @@ CODER_ZSTD: _wire_pb2.Coder
 CODER_RANS: _wire_pb2.Coder
 
 class PublishContextRequest(_message.Message):
-    __slots__ = ("text", "lifetime_s", "earlier_turns", "readers")
+    __slots__ = ("text", "lifetime_s", "earlier_turns", "readers", "extends")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LIFETIME_S_FIELD_NUMBER: _ClassVar[int]
     EARLIER_TURNS_FIELD_NUMBER: _ClassVar[int]
     READERS_FIELD_NUMBER: _ClassVar[int]
+    EXTENDS_FIELD_NUMBER: _ClassVar[int]
     text: str
     lifetime_s: int
     earlier_turns: _containers.RepeatedCompositeFieldContainer[_wire_pb2.Turn]
     readers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, text: _Optional[str] = ..., lifetime_s: _Optional[int] = ..., earlier_turns: _Optional[_Iterable[_Union[_wire_pb2.Turn, _Mapping]]] = ..., readers: _Optional[_Iterable[str]] = ...) -> None: ...
+    extends: str
+    def __init__(self, text: _Optional[str] = ..., lifetime_s: _Optional[int] = ..., earlier_turns: _Optional[_Iterable[_Union[_wire_pb2.Turn, _Mapping]]] = ..., readers: _Optional[_Iterable[str]] = ..., extends: _Optional[str] = ...) -> None: ...
 
 class PublishContextResponse(_message.Message):
     __slots__ = ("context_id", "context_tokens", "cache_bytes", "prefill_s", "lifetime_s")
@@ -116,20 +119,22 @@ class UnpublishContextResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class FetchCacheRequest(_message.Message):
-    __slots__ = ("context_id", "question", "recipe", "target", "transfer_id", "next_sequence")
+    __slots__ = ("context_id", "question", "recipe", "target", "transfer_id", "next_sequence", "base_digest")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     QUESTION_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     context_id: str
     question: str
     recipe: str
     target: _common_pb2.Target
     transfer_id: bytes
     next_sequence: int
-    def __init__(self, context_id: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., target: _Optional[_Union[_common_pb2.Target, _Mapping]] = ..., transfer_id: _Optional[bytes] = ..., next_sequence: _Optional[int] = ...) -> None: ...
+    base_digest: bytes
+    def __init__(self, context_id: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., target: _Optional[_Union[_common_pb2.Target, _Mapping]] = ..., transfer_id: _Optional[bytes] = ..., next_sequence: _Optional[int] = ..., base_digest: _Optional[bytes] = ...) -> None: ...
 
 class FetchCacheResponse(_message.Message):
     __slots__ = ("frame", "heartbeat")
@@ -140,7 +145,7 @@ class FetchCacheResponse(_message.Message):
     def __init__(self, frame: _Optional[bytes] = ..., heartbeat: _Optional[_Union[_common_pb2.Heartbeat, _Mapping]] = ...) -> None: ...
 
 class DeliverCacheRequest(_message.Message):
-    __slots__ = ("context_id", "text", "question", "recipe", "target", "receiver", "answer_here", "explain", "delivery_id")
+    __slots__ = ("context_id", "text", "question", "recipe", "target", "receiver", "answer_here", "explain", "delivery_id", "base_digest")
     CONTEXT_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     QUESTION_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +155,7 @@ class DeliverCacheRequest(_message.Message):
     ANSWER_HERE_FIELD_NUMBER: _ClassVar[int]
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     DELIVERY_ID_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     context_id: str
     text: str
     question: str
@@ -159,7 +165,8 @@ class DeliverCacheRequest(_message.Message):
     answer_here: bool
     explain: bool
     delivery_id: bytes
-    def __init__(self, context_id: _Optional[str] = ..., text: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., target: _Optional[_Union[_common_pb2.Target, _Mapping]] = ..., receiver: _Optional[str] = ..., answer_here: bool = ..., explain: bool = ..., delivery_id: _Optional[bytes] = ...) -> None: ...
+    base_digest: bytes
+    def __init__(self, context_id: _Optional[str] = ..., text: _Optional[str] = ..., question: _Optional[str] = ..., recipe: _Optional[str] = ..., target: _Optional[_Union[_common_pb2.Target, _Mapping]] = ..., receiver: _Optional[str] = ..., answer_here: bool = ..., explain: bool = ..., delivery_id: _Optional[bytes] = ..., base_digest: _Optional[bytes] = ...) -> None: ...
 
 class CancelDeliveryRequest(_message.Message):
     __slots__ = ("delivery_id",)

@@ -86,6 +86,7 @@ FIELDS: dict[str, Rules] = {
         "element_count": _SIZE,
         "segments": _COUNT,
         "kept_share": Number(0, 1),
+        "cache_digest": Words(32, r"([0-9a-f]{32})?", "32 hex digits or none"),
         "certificate": Inner(),
     },
     "Certificate": {
@@ -130,6 +131,7 @@ FIELDS: dict[str, Rules] = {
     "Turn": {"role": OneOf(("system", "user", "assistant")), "content": Words(TEXT.most)},
     "PublishContextRequest": {
         "text": Words(TEXT.most), "lifetime_s": _COUNT, "earlier_turns": Many(TURNS.most), "readers": Many(16, _PEER),
+        "extends": _ID,
     },
     "PublishContextResponse": {
         "context_id": Words(64, r"[A-Za-z0-9_-]+", "letters, digits, _ and -"),
@@ -145,6 +147,7 @@ FIELDS: dict[str, Rules] = {
         "question": Words(TEXT.most),
         "recipe": Words(RECIPE.most),
         "transfer_id": _TRANSFER_OR_NONE,
+        "base_digest": _TRANSFER_OR_NONE,
         "next_sequence": _COUNT,
         "target": Inner(),
     },
@@ -157,6 +160,7 @@ FIELDS: dict[str, Rules] = {
         "receiver": Words(320),
         "answer_here": Known(),
         "explain": Known(),
+        "base_digest": _TRANSFER_OR_NONE,
         "delivery_id": _TRANSFER_OR_NONE,
         "target": Inner(),
     },
@@ -188,7 +192,9 @@ FIELDS: dict[str, Rules] = {
         "context_digest": _DIGEST,
         "text_bytes": _SIZE,
         "sketch": Inner(),
+        "base": Inner(),
     },
+    "Base": {"digest": _DIGEST, "tokens": Whole(1, TOKENS.most), "kept": Whole(1, TOKENS.most)},
     "Sketch": {"layers": Whole(1, LAYERS.most), "numbers": Many(80, Whole(-(2**20), 2**20))},
     "Fingerprint": dict.fromkeys(("weights", "architecture", "rotary", "tokenizer", "template"), _DIGEST),
     "CacheShape": {

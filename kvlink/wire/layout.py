@@ -15,7 +15,7 @@ from typing import Literal
 
 from kvlink.codecs.base import SIDES, PartSize
 from kvlink.errors import RemoteProtocolError
-from kvlink.payload import CacheShape, SegmentHeader
+from kvlink.payload import Base, CacheShape, SegmentHeader
 from kvlink.recipe import Recipe
 
 GroupKind = Literal["map", "layer", "text"]
@@ -73,18 +73,22 @@ def kept_tokens(headers: Sequence[SegmentHeader], recipe: Recipe) -> int:
     return sum(one.kept for one in headers if one.adds == "positions" and one.codec != background)
 
 
-def kept_share(headers: Sequence[SegmentHeader], shape: CacheShape) -> float:
-    """Share of a context's positions that segments bring, mean over layers and heads: 1 is all, and a text."""
-    held = [shape.held_tokens(layer, shape.tokens) for layer in range(shape.layers)]
+def kept_share(headers: Sequence[SegmentHeader], shape: CacheShape, base: Base | None = None) -> float:
+    """Share of a context's positions that are there with `base` and the segments, mean over layers and heads:
+    1 is all, and a text."""
     if any(one.adds == "text" for one in headers):
         return 1.0
-    kept = sum(place.rows for one in headers if one.adds == "positions" for place in groups_of(one, shape))
-    return kept / sum(held)
+    held = [shape.held_tokens(layer, shape.tokens) for layer in range(shape.layers)]
+    kept = [shape.held_tokens(layer, base.kept) if base else 0 for layer in range(shape.layers)]
+    for one in headers:
+        for place in groups_of(one, shape) if one.adds == "positions" else ():
+            kept[place.layer] += place.rows if place.kind == "layer" else 0
+    return sum(map(min, kept, held)) / sum(held)
 
 
-def check_header(header: SegmentHeader, shape: CacheShape, present: int, is_first: bool) -> None:
+def check_header(header: SegmentHeader, shape: CacheShape, present: int, sliding_due: bool) -> None:
     """Raise RemoteProtocolError unless a segment of positions or of a refinement can follow where each set has
-    `present` of T positions. `is_first`: no segment of positions came before."""
+    `present` of T positions. `sliding_due`: layers with a sliding window, where there are some, are not there."""
     if header.codec is None:
         raise RemoteProtocolError("a segment of positions names its codec")
     most = shape.tokens - present if header.adds == "positions" else present
@@ -94,5 +98,5 @@ def check_header(header: SegmentHeader, shape: CacheShape, present: int, is_firs
     allowed = (0,) if header.kept == most else (1, every_set)
     if header.map_sets not in allowed:
         raise RemoteProtocolError(f"expected {allowed} position sets, found {header.map_sets}")
-    if header.sliding is not (header.adds == "positions" and is_first and bool(shape.whole_layers)):
+    if header.sliding is not (header.adds == "positions" and sliding_due and bool(shape.whole_layers)):
         raise RemoteProtocolError("layers with a sliding window come in the first segment of positions")

@@ -13,7 +13,7 @@ from typing import cast
 
 from kvlink.codecs import Codec
 from kvlink.errors import IdentityError, KvlinkError, RemoteProtocolError
-from kvlink.payload import CacheShape, Fingerprint, Mode, Prompt, SegmentHeader, Turn
+from kvlink.payload import Base, CacheShape, Fingerprint, Mode, Prompt, SegmentHeader, Turn
 from kvlink.recipe import Recipe
 from kvlink.sketch import Sketch
 from kvlink.v1 import common_pb2
@@ -38,6 +38,7 @@ class Manifest:
     context_digest: bytes
     text_bytes: int = 0
     sketch: Sketch | None = None
+    base: Base | None = None
     protocol_version: int = PROTOCOL_VERSION
 
     @property
@@ -154,7 +155,24 @@ def manifest_to_proto(value: Manifest) -> pb.Manifest:
         context_digest=value.context_digest,
         text_bytes=value.text_bytes,
         sketch=sketch_to_proto(value.sketch),
+        base=None
+        if (base := value.base) is None
+        else pb.Base(digest=base.digest, tokens=base.tokens, kept=base.kept),
     )
+
+
+def _base_from_proto(message: pb.Manifest) -> Base | None:
+    if not message.HasField("base"):
+        return None
+    base = message.base
+    if message.mode != pb.MODE_KV:
+        raise RemoteProtocolError("manifest.base: a text adds to nothing")
+    if not 1 <= base.kept <= base.tokens <= message.shape.tokens:
+        raise RemoteProtocolError(
+            f"manifest.base: expected 1 to {message.shape.tokens} tokens and as many positions at most, "
+            f"found {base.tokens} and {base.kept}"
+        )
+    return Base(base.digest, base.tokens, base.kept)
 
 
 def _prompt_from_proto(message: pb.Prompt) -> Prompt:
@@ -189,5 +207,6 @@ def manifest_from_proto(message: pb.Manifest) -> Manifest:
         context_digest=message.context_digest,
         text_bytes=message.text_bytes,
         sketch=sketch_from_proto(message),
+        base=_base_from_proto(message),
         protocol_version=message.protocol_version,
     )

@@ -35,6 +35,7 @@ from kvlink.v1 import wire_pb2 as pb
 from kvlink.wire import checked
 from kvlink.wire.layout import GroupPlace, check_header, groups_of, part_sizes
 from kvlink.wire.messages import (
+    DIGEST_BYTES,
     Manifest,
     header_from_proto,
     header_to_proto,
@@ -122,6 +123,8 @@ class SendSession:
         self._sequence = 0
         self._segments = 0
         self._digest = blake3()
+        self.cache_digest = manifest.base.digest if manifest.base else b""
+        """16 bytes that name what a receiver holds after the segments so far, see `Base` in the proto."""
 
     def open(self) -> bytes:
         """The manifest frame."""
@@ -132,7 +135,9 @@ class SendSession:
         yield self._frame("segment_header", segment_header=header_to_proto(header, self._segments))
         for frames in map(self._group, groups):  # no name holds a group that was sent
             yield from frames
-        yield self._frame("segment_end", segment_end=pb.SegmentEnd(digest=self._digest.digest()))
+        digest = self._digest.digest()
+        self.cache_digest = digest[:DIGEST_BYTES]
+        yield self._frame("segment_end", segment_end=pb.SegmentEnd(digest=digest))
         self._segments += 1
 
     def _group(self, group: Group) -> Iterator[bytes]:
@@ -205,6 +210,9 @@ class ReceiveSession:
         self._segments = 0
         self._digest = blake3()
         self._header: SegmentHeader | None = None
+        self._sliding_due = True
+        self.cache_digest = b""
+        """16 bytes that name what has closed so far, see `Base` in the proto; empty before."""
         self._present = 0  # positions of each set that came in segments so far
         self._awaited: list[GroupPlace] = []
         self._open_parts: tuple[_PartHeader, ...] = ()
@@ -283,6 +291,9 @@ class ReceiveSession:
             if found > most:
                 raise LimitError(f"{where}: at most {most} {name}, the manifest declares {found}")
         self.manifest = manifest
+        if base := manifest.base:
+            self._present, self.cache_digest = base.kept, base.digest
+            self._sliding_due = base.tokens < shape.tokens
         return [ManifestReceived(manifest)]
 
     def _on_segment_header(self, message: pb.SegmentHeader, where: str) -> list[Event]:
@@ -309,12 +320,13 @@ class ReceiveSession:
             if self._segments:
                 raise RemoteProtocolError("a text comes in one segment")
         else:
-            check_header(header, manifest.shape, self._present, self._present == 0)
+            check_header(header, manifest.shape, self._present, self._sliding_due)
             recipe = manifest.recipe
             if header.adds == "positions":
                 if header.codec not in (recipe.codec, recipe.background):
                     raise RemoteProtocolError(f"a segment's codec is not of the recipe {recipe}")
                 self._present += header.kept
+                self._sliding_due = False
         self._awaited = groups_of(header, manifest.shape)
 
     def _on_group(self, message: pb.Group, where: str) -> list[Event]:
@@ -382,6 +394,7 @@ class ReceiveSession:
         if self._awaited or self._open_parts:
             raise RemoteProtocolError(f"{where}: the segment ends, {len(self._awaited)} groups have not come")
         self._check_digest(message.digest, where)
+        self.cache_digest = message.digest[:DIGEST_BYTES]
         self._segments += 1
         if self._header is not None:
             self.closed.append(self._header)
@@ -395,9 +408,14 @@ class ReceiveSession:
 
     def _on_end(self, message: pb.End, where: str) -> list[Event]:
         self._check_digest(message.digest, where)
-        if message.segments != self._segments or not self._segments:
+        manifest = self.told()
+        if message.segments != self._segments or not (self._segments or manifest.base):
             raise RemoteProtocolError(
                 f"{where}: {self._segments} segments came, the end names {message.segments}"
+            )
+        if manifest.base and self._sliding_due and manifest.shape.whole_layers:
+            raise RemoteProtocolError(
+                f"{where}: layers with a sliding window of a longer context did not come"
             )
         return [TransferComplete(self._segments)]
 
