@@ -7,7 +7,7 @@ question = "What instrument does Jand Faris play?"
 
 sender, receiver = kvlink.Sender(), kvlink.Receiver()
 context = sender.read(text)
-message = kvlink.pack(sender, context, question, kvlink.Recipe.parse("int8"))
+message = kvlink.pack(sender, context, question, "int8")
 held = kvlink.unpack(receiver, message)
 print(receiver.answer(held, question).text)
 print(f"{len(message):,} bytes, {held.receipt.bits_per_element:.2f} bits per element")
