@@ -17,6 +17,8 @@ from kvlink.codecs.base import PART_KINDS, Codec, PartCoder, PartKind, Side
 from kvlink.errors import ContextError, IdentityError
 
 Mode = Literal["kv", "text"]
+DEADLINE_MS = 3_600_000
+"""The longest deadline of a transfer, in milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)

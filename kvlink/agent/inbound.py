@@ -40,6 +40,7 @@ _ENDED = 4096
 """Transfers whose end is remembered."""
 _WHY: dict[Event, str] = {
     "idle": "nothing came after its manifest",
+    "late": "the deadline of {deadline_s:g} s has passed: {frames} frames of {size:,} bytes came, no segment has closed",
     "overdue": "not complete within {waits.whole_s:g} s",
     "abandoned": "broken, and not resumed within {waits.resume_s:g} s",
 }
@@ -126,11 +127,12 @@ class InboundTransfers:
         return due
 
     async def settle(self, transfer: InboundTransfer) -> None:
-        """Keep what is complete. Its lock is held; a stream that died in the last moment left it to us."""
+        """Keep what is complete, or what was enough in an earlier life of this agent. Its lock is held; a stream
+        that died in the last moment left it to us."""
         held = transfer.intake.held
         if held is not None and transfer.life.on_its_way:
             await to_thread(self._save, transfer)
-            self._keep(transfer, held, "end")
+            self._keep(transfer, held, "end" if transfer.intake.session.state == "done" else "deadline")
 
     @staticmethod
     def _save(transfer: InboundTransfer) -> None:
@@ -175,7 +177,8 @@ class InboundTransfers:
         except KvlinkError:
             ticket.leave()
             raise
-        life = Lifecycle.begun(time.monotonic())
+        deadline_s = intake.manifest.deadline_ms / 1e3 if intake.manifest else 0.0
+        life = Lifecycle.begun(time.monotonic(), deadline_s)
         transfer = InboundTransfer(intake, frame, caller, intake.needed_bytes, ticket, life)
         self._transfers[key] = transfer
         try:
@@ -231,6 +234,8 @@ class InboundTransfers:
                 if notes and frames[:1] == [frame]:  # without notes nobody knows whose it is
                     for kept in frames[1:]:
                         transfer.intake.take(kept)
+                    if notes.get("enough") and transfer.intake.held is None:
+                        transfer.intake.held = transfer.intake.hold()
                     transfer.cache_id = str(notes.get("cache_id", "")) if transfer.intake.held else ""
                     log.info(
                         "transfer goes on from disk at frame %d", len(frames), extra=log_fields(transfer)
@@ -276,6 +281,7 @@ class InboundTransfers:
                 "cache_id": transfer.cache_id,
                 "expires_at": until,
                 "cache_digest": receipt.cache_digest,
+                "enough": event == "deadline",
             }
             try:
                 self._staging.note(transfer.key, notes)
@@ -352,8 +358,17 @@ class InboundTransfers:
         caller's."""
         waits = self.settings.waits
         event = transfer.life.due(max(now, time.monotonic()), waits)
-        if event is not None:
-            self.apply(transfer, event, _WHY.get(event, "").format(waits=waits))
+        if event == "deadline":
+            self._keep(transfer, transfer.intake.hold(), event)
+        elif event is not None:
+            came, told = transfer.intake.session.next_sequence, transfer.life
+            why = _WHY.get(event, "").format(
+                waits=waits,
+                deadline_s=told.deadline_at - told.began_at,
+                frames=came,
+                size=transfer.intake.nbytes,
+            )
+            self.apply(transfer, event, why)
         return event
 
     def _forget_on_disk(self, cache_id: str, key: bytes) -> None:
@@ -445,6 +460,6 @@ def log_fields(transfer: InboundTransfer) -> dict[str, Any]:
 
 def _told(life: Lifecycle) -> PushState:
     """The state that a peer is told."""
-    if life.state == "complete" or life.state == "failed" or life.state == "cancelled":
+    if life.state in ("complete", "enough", "failed", "cancelled"):
         return life.state
     return "accepted"

@@ -126,6 +126,11 @@ class Intake:
         self._builder = Builder(manifest.shape, self._context_of, base.cache)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the frames that have come."""
+        return sum(self._frame_bytes)
+
+    @property
     def segments(self) -> int:
         """Segments that have closed: what they bring may be used."""
         return len(self.session.closed)

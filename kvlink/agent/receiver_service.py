@@ -125,7 +125,7 @@ class ReceiverService:
     async def push_cache(
         self, frames: AsyncIterator[bytes], caller: Caller = NOBODY
     ) -> AsyncGenerator[PushStatus, None]:
-        """Take a transfer: accepted, durable as frames are kept, complete. See the proto."""
+        """Take a transfer: accepted, durable as frames are kept, complete or enough. See the proto."""
         self.sweep()
         transfer = await self.inbound.admit(await self._first(frames), caller)
         stream = transfer.life.stream
@@ -155,9 +155,10 @@ class ReceiverService:
             status = self.inbound.status(transfer)
         yield status
         while not transfer.life.held:
-            frame = await self._next(frames, transfer)
+            frame, durable = await self._next(frames, transfer), False
             async with transfer.lock:
-                durable = await self.inbound.take(transfer, stream, frame)
+                if frame is not None and not (transfer.life.held and transfer.life.stream == stream):
+                    durable = await self.inbound.take(transfer, stream, frame)
             if durable:
                 yield self.inbound.status(transfer, "durable")
             if transfer.life.held:
@@ -175,22 +176,25 @@ class ReceiverService:
         except StopAsyncIteration:
             raise _cut("ended", 0) from None
 
-    async def _next(self, frames: AsyncIterator[bytes], transfer: InboundTransfer) -> bytes:
-        """The next frame of a stream.
+    async def _next(self, frames: AsyncIterator[bytes], transfer: InboundTransfer) -> bytes | None:
+        """The next frame of a stream, None where none is needed any more.
 
         Raises TruncatedError where it ends, or brings none for long; BusyError where it has a place and
         does not begin; DeadlineError where the transfer's time is over.
         """
         waits = self.inbound.settings.waits
         at, _ = transfer.life.next_due(waits)
-        try:
-            return await asyncio.wait_for(anext(frames), max(0.0, at - time.monotonic()))
-        except TimeoutError:
-            pass
-        except StopAsyncIteration:
-            raise _cut("ended", transfer.intake.session.next_sequence) from None
+        if (left_s := at - time.monotonic()) > 0:
+            try:
+                return await asyncio.wait_for(anext(frames), left_s)
+            except TimeoutError:
+                pass
+            except StopAsyncIteration:
+                raise _cut("ended", transfer.intake.session.next_sequence) from None
         async with transfer.lock:
             event = self.inbound.expire(transfer, at)
+        if transfer.life.held:
+            return None
         if transfer.life.state == "forgotten":
             raise BusyError(
                 f"no frame within {waits.start_s:g} s after the manifest: the place goes to others; try again"

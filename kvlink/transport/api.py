@@ -12,8 +12,8 @@ from typing import Literal, Protocol
 from kvlink.receipt import Capabilities, Receipt
 from kvlink.recipe import Target
 
-PushState = Literal["accepted", "durable", "complete", "failed", "cancelled"]
-TERMINAL: tuple[PushState, ...] = ("complete", "failed", "cancelled")
+PushState = Literal["accepted", "durable", "complete", "enough", "failed", "cancelled"]
+TERMINAL: tuple[PushState, ...] = ("complete", "enough", "failed", "cancelled")
 
 
 @dataclass(frozen=True, slots=True)

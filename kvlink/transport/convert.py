@@ -34,6 +34,7 @@ _STATES: dict[PushState, receiver_pb2.TransferState] = {
     "accepted": receiver_pb2.TRANSFER_STATE_ACCEPTED,
     "durable": receiver_pb2.TRANSFER_STATE_DURABLE,
     "complete": receiver_pb2.TRANSFER_STATE_COMPLETE,
+    "enough": receiver_pb2.TRANSFER_STATE_ENOUGH,
     "failed": receiver_pb2.TRANSFER_STATE_FAILED,
     "cancelled": receiver_pb2.TRANSFER_STATE_CANCELLED,
 }

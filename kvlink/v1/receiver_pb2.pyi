@@ -16,12 +16,14 @@ class TransferState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRANSFER_STATE_COMPLETE: _ClassVar[TransferState]
     TRANSFER_STATE_FAILED: _ClassVar[TransferState]
     TRANSFER_STATE_CANCELLED: _ClassVar[TransferState]
+    TRANSFER_STATE_ENOUGH: _ClassVar[TransferState]
 TRANSFER_STATE_UNSPECIFIED: TransferState
 TRANSFER_STATE_ACCEPTED: TransferState
 TRANSFER_STATE_DURABLE: TransferState
 TRANSFER_STATE_COMPLETE: TransferState
 TRANSFER_STATE_FAILED: TransferState
 TRANSFER_STATE_CANCELLED: TransferState
+TRANSFER_STATE_ENOUGH: TransferState
 
 class PushCacheRequest(_message.Message):
     __slots__ = ("frame",)

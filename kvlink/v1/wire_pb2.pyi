@@ -124,7 +124,7 @@ class Frame(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., segment_header: _Optional[_Union[SegmentHeader, _Mapping]] = ..., segment_end: _Optional[_Union[SegmentEnd, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., group: _Optional[_Union[Group, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("protocol_version", "transfer_id", "mode", "fingerprint", "shape", "recipe", "prompt", "context_digest", "text_bytes", "sketch", "base")
+    __slots__ = ("protocol_version", "transfer_id", "mode", "fingerprint", "shape", "recipe", "prompt", "context_digest", "text_bytes", "sketch", "base", "deadline_ms")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +136,7 @@ class Manifest(_message.Message):
     TEXT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SKETCH_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     transfer_id: bytes
     mode: Mode
@@ -147,7 +148,8 @@ class Manifest(_message.Message):
     text_bytes: int
     sketch: Sketch
     base: Base
-    def __init__(self, protocol_version: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., mode: _Optional[_Union[Mode, str]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., shape: _Optional[_Union[CacheShape, _Mapping]] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., context_digest: _Optional[bytes] = ..., text_bytes: _Optional[int] = ..., sketch: _Optional[_Union[Sketch, _Mapping]] = ..., base: _Optional[_Union[Base, _Mapping]] = ...) -> None: ...
+    deadline_ms: int
+    def __init__(self, protocol_version: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., mode: _Optional[_Union[Mode, str]] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., shape: _Optional[_Union[CacheShape, _Mapping]] = ..., recipe: _Optional[_Union[Recipe, _Mapping]] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., context_digest: _Optional[bytes] = ..., text_bytes: _Optional[int] = ..., sketch: _Optional[_Union[Sketch, _Mapping]] = ..., base: _Optional[_Union[Base, _Mapping]] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
 class Base(_message.Message):
     __slots__ = ("digest", "tokens", "kept")

@@ -30,6 +30,7 @@ from kvlink.bounds import (
     Whole,
     Words,
 )
+from kvlink.payload import DEADLINE_MS
 from kvlink.receipt import BYTE_KINDS, STAGES
 
 _ID = Words(64, r"[A-Za-z0-9_-]*", "letters, digits, _ and -")
@@ -193,6 +194,7 @@ FIELDS: dict[str, Rules] = {
         "text_bytes": _SIZE,
         "sketch": Inner(),
         "base": Inner(),
+        "deadline_ms": Whole(0, DEADLINE_MS),
     },
     "Base": {"digest": _DIGEST, "tokens": Whole(1, TOKENS.most), "kept": Whole(1, TOKENS.most)},
     "Sketch": {"layers": Whole(1, LAYERS.most), "numbers": Many(80, Whole(-(2**20), 2**20))},

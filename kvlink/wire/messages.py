@@ -28,7 +28,8 @@ TRANSFER_ID_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The first frame's content. `text_bytes`: UTF-8 size of the text in text mode."""
+    """The first frame's content. `text_bytes`: UTF-8 size of the text in text mode. `deadline_ms`: after which
+    what has closed is enough, 0 where only the whole is."""
 
     transfer_id: bytes
     fingerprint: Fingerprint
@@ -39,6 +40,7 @@ class Manifest:
     text_bytes: int = 0
     sketch: Sketch | None = None
     base: Base | None = None
+    deadline_ms: int = 0
     protocol_version: int = PROTOCOL_VERSION
 
     @property
@@ -158,6 +160,7 @@ def manifest_to_proto(value: Manifest) -> pb.Manifest:
         base=None
         if (base := value.base) is None
         else pb.Base(digest=base.digest, tokens=base.tokens, kept=base.kept),
+        deadline_ms=value.deadline_ms,
     )
 
 
@@ -198,6 +201,8 @@ def manifest_from_proto(message: pb.Manifest) -> Manifest:
         raise RemoteProtocolError(f"manifest.recipe: {error}") from error
     if message.mode != _MODES[recipe.mode]:
         raise RemoteProtocolError(f"mode {message.mode} does not fit the recipe's {recipe.mode!r}")
+    if message.deadline_ms and recipe.mode == "text":
+        raise RemoteProtocolError("manifest.deadline_ms: a text comes whole or not at all, expected none")
     return Manifest(
         transfer_id=message.transfer_id,
         fingerprint=fingerprint_from_proto(message.fingerprint),
@@ -208,5 +213,6 @@ def manifest_from_proto(message: pb.Manifest) -> Manifest:
         text_bytes=message.text_bytes,
         sketch=sketch_from_proto(message),
         base=_base_from_proto(message),
+        deadline_ms=message.deadline_ms,
         protocol_version=message.protocol_version,
     )
