@@ -141,7 +141,7 @@ async def test_files_are_readable_by_their_owner_only(sender, frames, staged):
 async def test_a_stream_that_dies_under_the_last_frame_has_not_been_in_vain(sender, frames, monkeypatch):
     """The cache was complete when nobody listened any more: who asks again gets it at once."""
     service = ReceiverService(Receiver(sender.lm))
-    restore, restoring = Intake._restore, asyncio.Event()
+    restore, restoring = Intake.hold, asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def slowly(self):
@@ -149,7 +149,7 @@ async def test_a_stream_that_dies_under_the_last_frame_has_not_been_in_vain(send
         time.sleep(0.2)
         return restore(self)
 
-    monkeypatch.setattr(Intake, "_restore", slowly)
+    monkeypatch.setattr(Intake, "hold", slowly)
     task = asyncio.create_task(feed(service, frames))
     await restoring.wait()
     task.cancel()
