@@ -29,7 +29,7 @@ from kvlink._release import RELEASE as __version__
 if TYPE_CHECKING:
     from kvlink.agent.receiver import Held, Receiver
     from kvlink.agent.sender import Context, Sender
-    from kvlink.agent.transfer import Transfer
+    from kvlink.agent.transfer import OnProgress, Transfer
     from kvlink.errors import (
         AccessError,
         BusyError,
@@ -93,6 +93,7 @@ __all__ = [
     "LocalProtocolError",
     "ModelError",
     "NotFoundError",
+    "OnProgress",
     "PeerUnavailableError",
     "Piece",
     "Progress",
@@ -126,7 +127,7 @@ __all__ = [
 _LAZY = {
     "kvlink.agent.receiver": "Held Receiver".split(),
     "kvlink.agent.sender": "Context Sender".split(),
-    "kvlink.agent.transfer": "Transfer".split(),
+    "kvlink.agent.transfer": "OnProgress Transfer".split(),
     "kvlink.errors": (
         "AccessError BusyError CodecError ConfigError ContextError CredentialsError DataError DeadlineError "
         "IdentityError InputError IntegrityError KvlinkError LimitError LocalProtocolError ModelError "
@@ -160,15 +161,22 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def pack(sender: Sender, context: Context, question: str, recipe: Recipe | str = "auto") -> bytes:
-    """The bytes of a `.kvl` file: the context, reduced by `recipe` for `question`.
+def pack(
+    sender: Sender,
+    context: Context,
+    question: str,
+    recipe: Recipe | str = "auto",
+    target: Target | None = None,
+    progress: OnProgress | None = None,
+) -> bytes:
+    """The bytes of a `.kvl` file: the context, reduced by `recipe` for `question`. Options as of `Sender.pack`.
 
     Raises RecipeError and ContextError.
     """
     from io import BytesIO
 
     out = BytesIO()
-    sender.pack(context, question, recipe).write(out)
+    sender.pack(context, question, recipe, target, progress=progress).write(out)
     return out.getvalue()
 
 

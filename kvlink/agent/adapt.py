@@ -27,7 +27,7 @@ from kvlink.recipe import PLAIN_RECIPE, Amount, Recipe, Selection, Target
 if TYPE_CHECKING:
     from kvlink.agent.plan import Delivered
     from kvlink.agent.sender import Context, Look, Sender
-    from kvlink.agent.transfer import Transfer
+    from kvlink.agent.transfer import OnProgress, Transfer
 
 INT8_GRADE = -12
 """Code of the step that stands for INT8 where nothing is known of a model: 1/8."""
@@ -94,12 +94,14 @@ class Packing:
         transfer_id: bytes,
         look: Look | None = None,
         base: Delivered | None = None,
+        progress: OnProgress | None = None,
     ) -> None:
-        """`look`: what was seen for the recipe's selection already. `base`: what is added to."""
+        """`look`: what was seen for the recipe's selection already. `base`: what is added to. `progress`: told what is
+        coded."""
         self._sender, self._context, self._question = sender, context, question
         self._target, self._transfer_id = target, transfer_id
         self._look, self._looked_for = look, ""
-        self._base = base
+        self._base, self._progress = base, progress
 
     def run(self, recipe: Recipe) -> Transfer:
         target, self._looked_for = self._target, recipe.selection.name if self._look else ""
@@ -122,7 +124,9 @@ class Packing:
         if self._look is None or (name not in ("all", self._looked_for)):
             self._look = self._sender.look(self._context, self._question, recipe.selection)
             self._looked_for = name
-        return self._sender.pack_once(self._context, self._transfer_id, recipe, self._look, self._base)
+        return self._sender.pack_once(
+            self._context, self._transfer_id, recipe, self._look, self._base, self._progress
+        )
 
     def _choose(self, recipe: Recipe, budget_bytes: int) -> Transfer:
         """As many positions as the budget holds; by the question where the recipe chooses none."""

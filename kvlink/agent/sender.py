@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from kvlink.agent.adapt import Packing, automatic
 from kvlink.agent.builder import restored
 from kvlink.agent.plan import Delivered, delivered, plan, plan_missing
-from kvlink.agent.transfer import Outline, Transfer, outlined, outlined_text
+from kvlink.agent.transfer import OnProgress, Outline, Transfer, outlined, outlined_text, reported
 from kvlink.agent.uses import require_usable
 from kvlink.cache import Evidence, KVCache
 from kvlink.codecs import AUTO_CALIBRATION, NO_CALIBRATION, Codec, Transform
@@ -130,9 +131,9 @@ class Sender:
         self._chunk_bytes = chunk_bytes
         self._units: tuple[tuple[Tensor, Tensor], ...] = ()
 
-    def read(self, text: str, turns: Iterable[TurnLike] = ()) -> Context:
+    def read(self, text: str, turns: Iterable[TurnLike] = (), progress: OnProgress | None = None) -> Context:
         """Prefill `text`. Raises ContextError where it is empty or larger than the window."""
-        return self.prefill(self.cut(text, turns))
+        return self.prefill(self.cut(text, turns), progress)
 
     def cut(self, text: str, turns: Iterable[TurnLike] = ()) -> Cut:
         """A text in tokens. Raises ContextError where it is empty or larger than the window."""
@@ -142,10 +143,12 @@ class Sender:
         ids = self.lm.context_ids(text, prompt)
         return Cut(text, prompt, ids, cache_shape(self.lm, len(ids)).cache_bytes)
 
-    def prefill(self, cut: Cut) -> Context:
+    def prefill(self, cut: Cut, progress: OnProgress | None = None) -> Context:
         """Read a text that was cut."""
         began = time.perf_counter()
-        cache = prefill(self.lm, cut.ids)
+        cache = prefill(
+            self.lm, cut.ids, on_layer=partial(progress, "read") if progress is not None else None
+        )
         _require_finite(cache)
         return Context(cut.text, cut.ids, cut.prompt, cache, time.perf_counter() - began)
 
@@ -231,12 +234,7 @@ class Sender:
             evidence = look.evidence if same else self.look(context, question, chosen).evidence
             sets = choose_positions(evidence, counted, shape).reshape(-1, receipt.kept_tokens)
             kept = torch.zeros(len(sets), shape.tokens).scatter_(1, sets, 1.0).mean(0)
-        lm = self._asking(context)
-        pieces = (
-            lm.context_pieces(context.text, context.prompt)
-            if context.text
-            else [lm.tokenizer.decode([i]) for i in context.ids]
-        )
+        pieces = self._asking(context).context_pieces(context.text, context.prompt, context.ids)
         return Explanation(
             tuple(pieces),
             tuple((need / need.sum().clamp(min=1e-20)).tolist()),
@@ -252,6 +250,7 @@ class Sender:
         look: Look | None = None,
         transfer_id: bytes = b"",
         base: bytes = b"",
+        progress: OnProgress | None = None,
     ) -> Transfer:
         """Reduce the context for `question` and frame it. `recipe`: `auto` too.
 
@@ -260,12 +259,13 @@ class Sender:
         `transfer_id`: 16 bytes; random where none are given.
         `base`: the `cache_digest` of an earlier transfer of this context, or of one that it extends: only what is
         missing there travels. Where it is not known, where the recipe cannot add to it, and with `verify`, all does.
+        `progress`: told of what is coded, when it is: as frames are read, or once more for each size that is tried.
         Raises RecipeError, ContextError, LimitError (nothing meets the target; it says what the least is).
         """
         target, name = target or Target(), transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES)
         recipe = self.recipe(recipe, target) if isinstance(recipe, str) else recipe
         known = None if target.verify else context.delivered.get(base)
-        return Packing(self, context, question, target, name, look, known).run(recipe)
+        return Packing(self, context, question, target, name, look, known, progress).run(recipe)
 
     def recipe(self, text: str, target: Target | None = None) -> Recipe:
         """The recipe that a text stands for, `auto` included. Raises RecipeError, where the model cannot
@@ -276,11 +276,17 @@ class Sender:
         return found
 
     def pack_once(
-        self, context: Context, transfer_id: bytes, recipe: Recipe, look: Look, base: Delivered | None = None
+        self,
+        context: Context,
+        transfer_id: bytes,
+        recipe: Recipe,
+        look: Look,
+        base: Delivered | None = None,
+        progress: OnProgress | None = None,
     ) -> Transfer:
         """One recipe as it is, with what was looked at. Raises LimitError where its budget is too small."""
         recipe = self._resolved(recipe)
-        clock = _Clock(look.stage_s, transfer_id)
+        clock = _Clock(look.stage_s, transfer_id, progress)
         base = base if base is not None and base.serves(recipe) else None
         if recipe.mode == "text":
             if not context.text:
@@ -447,6 +453,8 @@ class Sender:
             element_count=manifest.shape.element_count,
             stage_s=dict(clock.stage_s),
         )
+        if clock.progress is not None:
+            outlines = reported(outlines, manifest.shape, clock.progress)
         return Transfer(manifest, outlines, receipt, draft, self._chunk_bytes, on_closed)
 
 
@@ -471,8 +479,13 @@ def _least(selection: Selection) -> Selection:
 class _Clock:
     """Seconds by stage of one transfer, one lap after another."""
 
-    def __init__(self, stage_s: Mapping[str, float] | None = None, transfer_id: bytes = b"") -> None:
-        self.transfer_id = transfer_id
+    def __init__(
+        self,
+        stage_s: Mapping[str, float] | None = None,
+        transfer_id: bytes = b"",
+        progress: OnProgress | None = None,
+    ) -> None:
+        self.transfer_id, self.progress = transfer_id, progress
         self.stage_s: dict[str, float] = dict(stage_s or {})
         self._last = time.perf_counter()
 

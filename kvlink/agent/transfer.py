@@ -10,6 +10,7 @@ Does not know: models, why positions were chosen, sockets. Place on the path: th
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from kvlink.compress.codec import SegmentPlan, encode_groups
 from kvlink.compress.codecs import CodecContext
 from kvlink.errors import CodecError
 from kvlink.model.generate import Answer
-from kvlink.payload import Group, Part, SegmentHeader, count_kinds
+from kvlink.payload import CacheShape, Group, Part, SegmentHeader, count_kinds
 from kvlink.receipt import Certificate, Receipt
 from kvlink.transport.link import grpc_bytes
 from kvlink.wire.file import Writable, write_frames
@@ -31,6 +32,10 @@ from kvlink.wire.session import CHUNK_BYTES, SendSession
 
 _MOST_FRAMING_BYTES = 160
 """Of a frame of parts: numbers, sizes of parts, checksums, digests."""
+
+OnProgress = Callable[[str, int, int], object]
+"""Told a stage and how much of how much of it is done: `read`, in layers of the model, or `encode`, in groups of
+the segments (a layer each, or a selection map). What it raises ends the work."""
 
 Outline = tuple[SegmentHeader, Iterator[Group]]
 """A segment whose groups are made when they are asked for."""
@@ -201,6 +206,18 @@ class Transfer:
         self._receipt = replace(
             told, bytes=count_bytes(sizes, kinds), cache_digest=session.cache_digest.hex()
         )
+
+
+def reported(outlines: Sequence[Outline], shape: CacheShape, progress: OnProgress) -> list[Outline]:
+    """The segments, with every group told to `progress` once it is coded."""
+    total = sum(1 for header, _ in outlines for _ in groups_of(header, shape))
+    count = itertools.count(1)
+
+    def told(group: Group) -> Group:
+        progress("encode", next(count), total)
+        return group
+
+    return [(header, map(told, groups)) for header, groups in outlines]
 
 
 def outlined(plan: SegmentPlan, coder: str, context_of: Callable[[Codec], CodecContext]) -> Outline:

@@ -6,6 +6,7 @@ Does not know: how it was loaded, caches, peers. Place on the path: before it; e
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -148,8 +149,10 @@ class LanguageModel:
             )
         return ids
 
-    def context_pieces(self, text: str, prompt: Prompt) -> list[str]:
-        """The tokens of `context_ids` as text, for people: joined they are the text."""
+    def context_pieces(self, text: str, prompt: Prompt, ids: Sequence[int] = ()) -> list[str]:
+        """The tokens of `context_ids` as text, for people: joined they are the text. Without one, each of `ids`."""
+        if not text:
+            return [self.tokenizer.decode([i]) for i in ids]
         opening = [""] * len(self.encoder.opening) if self.template.special_tokens else []
         return [*opening, *self.encoder.pieces(self._context_text(text, prompt))]
 

@@ -10,7 +10,7 @@ Does not know: selection rules, codecs, peers. Place on the path: first at the s
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,8 +28,13 @@ MASS_BLOCK = 128
 """Queries at a time while accumulated attention is captured: Hq·128·T weights exist at once."""
 
 
-def prefill(lm: LanguageModel, ids: Sequence[int], kept: Tensor | None = None) -> KVCache:
-    """Read token `ids` and return their cache.
+def prefill(
+    lm: LanguageModel,
+    ids: Sequence[int],
+    kept: Tensor | None = None,
+    on_layer: Callable[[int, int], object] | None = None,
+) -> KVCache:
+    """Read token `ids` and return their cache. `on_layer` is told how many layers of how many are done.
 
     `kept` `[K]` int64, ascending: read only these tokens, at their own positions (construction-
     time selection: kept tokens never see the others). Not for sliding windows, which count
@@ -37,13 +42,34 @@ def prefill(lm: LanguageModel, ids: Sequence[int], kept: Tensor | None = None) -
     """
     tokens = len(ids)
     if kept is None:
-        return extract(_forward(lm, ids, new_cache(lm), 0, seen=0), tokens)
+        with lm.lock, _followed(lm, on_layer):
+            return extract(_forward(lm, ids, new_cache(lm), 0, seen=0), tokens)
     cache = new_cache(lm)
     if any(layer.is_sliding for layer in cache.layers):
         raise UnsupportedCacheError("when=during is not possible on a model with sliding-window layers")
     chosen = [ids[i] for i in kept.tolist()]
     _forward(lm, chosen, cache, 0, seen=0, positions=kept)
     return extract(cache, tokens, kept)
+
+
+@contextmanager
+def _followed(lm: LanguageModel, on_layer: Callable[[int, int], object] | None) -> Iterator[None]:
+    """Tell `on_layer` of each layer that the model has gone through. Hold `lm.lock`."""
+    layers = attention_layers(lm.model) if on_layer is not None else []
+
+    def hook(number: int) -> Callable[..., None]:
+        def told(*_: object) -> None:
+            if on_layer is not None:
+                on_layer(number, len(layers))
+
+        return told
+
+    handles = [layer.register_forward_hook(hook(number)) for number, layer in enumerate(layers, 1)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def prefill_more(lm: LanguageModel, cache: KVCache, ids: Sequence[int]) -> KVCache:
