@@ -16,6 +16,7 @@ from blake3 import blake3
 from kvlink._release import RELEASE
 from kvlink.agent.admission import Gate
 from kvlink.agent.inbound import InboundTransfer, InboundTransfers
+from kvlink.agent.pulls import Dial, Pulls
 from kvlink.agent.receiver import Held, Receiver
 from kvlink.agent.settings import ReceiverSettings
 from kvlink.agent.store import Store
@@ -42,8 +43,13 @@ class ReceiverService:
     """Handles the calls of `ReceiverService` in the proto."""
 
     def __init__(
-        self, receiver: Receiver, settings: ReceiverSettings | None = None, observer: Observer | None = None
+        self,
+        receiver: Receiver,
+        settings: ReceiverSettings | None = None,
+        observer: Observer | None = None,
+        dial: Dial | None = None,
     ) -> None:
+        """`dial`: connections to senders whose handles are redeemed."""
         self._receiver = receiver
         self.settings = told = settings or ReceiverSettings()
         receiver.profiles.bound(told.max_profiles_bytes, told.max_peer_profiles_bytes)
@@ -58,6 +64,7 @@ class ReceiverService:
         )  # fmt: skip
         self._turns = Turns()
         self.inbound = InboundTransfers(receiver, self.store, told, self.observer)
+        self._pulls = Pulls(told, self.store, self.push_cache, dial)
         self._prefill_tokens_per_s = 0.0
         for name, what, read in (
             ("held_bytes", "Bytes of held caches", lambda: self.store.held_bytes),
@@ -210,8 +217,9 @@ class ReceiverService:
         if ask.max_new_tokens > most:
             raise ContextError(f"max_new_tokens is at most {most} here, got {ask.max_new_tokens}")
         self._receiver.lm.require_room("the question", ask.question)
-        await self.inbound.recall_cache(ask.cache_id)
-        with self.store.lease(ask.cache_id, caller.name) as held:  # stays whole until the last token
+        cache_id = await self._pulls.cache_id(ask, caller) if ask.handle else ask.cache_id
+        await self.inbound.recall_cache(cache_id)
+        with self.store.lease(cache_id, caller.name) as held:  # stays whole until the last token
 
             def steps() -> Iterator[Step]:
                 return self._receiver.generate(
@@ -236,7 +244,7 @@ class ReceiverService:
             self.observer.count("generated_tokens", "Tokens generated", count)
             self.observer.stage("first_token", first_s)
             receipt = held.receipt.with_stages(first_token=first_s, generate=last_s - first_s)
-            yield Piece("", (), True, receipt)
+            yield Piece("", (), True, receipt, cache_id)
 
     def delete_cache(self, cache_id: str, caller: Caller = NOBODY) -> None:
         self.inbound.forget_cache(cache_id, caller)

@@ -24,7 +24,7 @@ from kvlink._release import RELEASE
 from kvlink.agent.admission import Gate
 from kvlink.agent.outbox import Outbound, Outbox
 from kvlink.agent.sender import Context, Sender
-from kvlink.agent.settings import LOOPBACK_PEERS, SenderSettings
+from kvlink.agent.settings import SenderSettings, allowed
 from kvlink.agent.shares import Whose
 from kvlink.agent.staging import Staging
 from kvlink.agent.store import Store
@@ -47,7 +47,6 @@ from kvlink.model.template import Turn
 from kvlink.observe import Observer
 from kvlink.receipt import Capabilities
 from kvlink.recipe import AUTO, Recipe, Target
-from kvlink.transport.address import Address
 from kvlink.transport.api import NOBODY, Caller, Delivery, Explanation, Fetch, Progress, Published, PushStatus
 from kvlink.transport.client import CONNECT_S, ReceiverClient
 from kvlink.transport.sockets import SocketCount
@@ -137,6 +136,8 @@ class SenderService:
     async def fetch_cache(self, fetch: Fetch, caller: Caller = NOBODY) -> AsyncGenerator[bytes, None]:
         """Frames of a published context, reduced for the caller's question, from where it says."""
         key = fetch.transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES)
+        if caller.asked_by:  # a receiver redeems a handle for somebody, who must be allowed to use it too
+            self.store.get(fetch.context_id, caller.asked_by)
         self._check_length("the question", fetch.question)
         if fetch.next_sequence and await to_thread(self.outbox.peek, key, caller.name) is None:
             raise NotFoundError("the transfer is not here any more; fetch again from frame 0")
@@ -163,7 +164,8 @@ class SenderService:
         self, delivery: Delivery, caller: Caller = NOBODY
     ) -> AsyncGenerator[Progress, None]:
         """Pack, dial the receiver, compare identities, push; then say what it cost."""
-        delivery = replace(delivery, receiver=self._allow(delivery.receiver))
+        peers, credentials = self.settings.peers, self.settings.credentials
+        delivery = replace(delivery, receiver=allowed(delivery.receiver, peers, credentials))
         self._check_length("the question", delivery.question)
         self._check_length("the context", delivery.text)
         recipe = self._recipe(delivery.recipe, delivery.target)
@@ -395,17 +397,6 @@ class SenderService:
         if recipe.selection.press and not self.settings.presses:
             raise AccessError(f"{recipe.selection.name}: this sender imports no kvpress for its callers")
         return recipe
-
-    def _allow(self, text: str) -> str:
-        """The address in its one spelling. Nobody dials one that the peer list does not allow."""
-        told, address = self.settings, Address.parse(text)
-        listed = told.credentials.addresses() if told.credentials else LOOPBACK_PEERS
-        allowed = told.peers or tuple(listed)
-        if not any(map(address.matches, allowed)):
-            raise AccessError(
-                f"{text!r} is not in this sender's peer list ({', '.join(allowed)}); add it with --peer"
-            )
-        return str(address)
 
 
 class _Contexts:

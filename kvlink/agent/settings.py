@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvlink.bounds import TEXT
+from kvlink.errors import AccessError
 from kvlink.recipe import DEFAULT_RECIPE
-from kvlink.transport.address import check_advertised, check_pattern
+from kvlink.transport.address import Address, check_advertised, check_pattern
 from kvlink.wire.lifecycle import Waits
 from kvlink.wire.session import Limits
 
@@ -48,9 +49,25 @@ def setting(default: Any, help: str, *, least: float = 0, option: str = "") -> A
     return field(default=default, metadata={"about": About(help, least, option)})
 
 
+def allowed(text: str, peers: tuple[str, ...], credentials: Credentials | None) -> str:
+    """An address in its one spelling, if this agent may dial it: one of `peers`, where there are none those that
+    the credentials list, or loopback without any. Raises ConfigError, AccessError."""
+    address = Address.parse(text)
+    listed = credentials.addresses() if credentials else LOOPBACK_PEERS
+    found = peers or tuple(listed)
+    if not any(map(address.matches, found)):
+        raise AccessError(
+            f"{text!r} is not in this agent's peer list ({', '.join(found)}); add it with --peer"
+        )
+    return str(address)
+
+
 @dataclass(frozen=True, slots=True)
 class ReceiverSettings:
-    """Bounds of a receiver agent. Lifetimes in seconds; 0 for one peer means half of what is for all."""
+    """Bounds of a receiver agent. Lifetimes in seconds; 0 for one peer means half of what is for all.
+
+    `peers`, `insecure`, `credentials`: as of a sender, for the handles that it redeems.
+    """
 
     max_held_bytes: int = setting(_MEMORY_BYTES, "Memory for held caches.", least=1)
     max_peer_bytes: int = setting(0, "Of it for one peer; 0: half.", option="max-peer-held")
@@ -94,9 +111,16 @@ class ReceiverSettings:
     max_staged_bytes: int = setting(_DISK_BYTES, "Bytes of that folder.", least=1)
     max_peer_staged_bytes: int = setting(0, "Of it for one peer; 0: half.")
 
+    peers: tuple[str, ...] = setting(
+        (), "Sender whose handles are redeemed, as host:port with * for any letters; repeat.", option="peer"
+    )
+    insecure: bool = False
+    credentials: Credentials | None = None
+    default_recipe: str = setting(DEFAULT_RECIPE, "Recipe of a handle's transfer, of whoever names none.")
     advertised_address: str = setting("", _ADVERTISE_HELP, option="advertise")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "peers", tuple(map(check_pattern, self.peers)))
         object.__setattr__(self, "advertised_address", check_advertised(self.advertised_address))
 
     @property

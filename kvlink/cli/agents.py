@@ -59,9 +59,10 @@ def receiver(
     end_while_loading()
     set_up_log(log_level, log_format)
     proof = _proof(listen, creds, insecure)
-    settings = settings_from(ReceiverSettings, bounds)
+    settings = settings_from(ReceiverSettings, bounds, insecure=insecure, credentials=proof)
     from kvlink.agent.receiver import Receiver
     from kvlink.agent.receiver_service import ReceiverService
+    from kvlink.transport.client import SenderClient
 
     quiet()
 
@@ -72,6 +73,7 @@ def receiver(
             ),
             settings,
             observer,
+            lambda address, caller: SenderClient(address, proof, insecure=insecure, trace=caller.trace),
         )
 
     _serve("receiver", listen, model, make, proof, insecure, metrics, trace_to, settings)

@@ -125,23 +125,30 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A question for a held context."""
+    """A question for a held context, or for one that a sender holds.
+
+    `handle`: instead of `cache_id`; the receiver pulls it, by `recipe` and `target`.
+    """
 
     cache_id: str
     question: str
     max_new_tokens: int = 0
     temperature: float = 0.0
     seed: int = 0
+    handle: str = ""
+    recipe: str = ""
+    target: Target = field(default_factory=Target)
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New text of an answer; the last one has `done` and the receipt."""
+    """New text of an answer; the last one has `done`, the receipt and the id of the cache."""
 
     text: str
     token_ids: tuple[int, ...] = ()
     done: bool = False
     receipt: Receipt = field(default_factory=Receipt)
+    cache_id: str = ""
 
 
 class FrameSource(Protocol):

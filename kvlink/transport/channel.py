@@ -229,12 +229,15 @@ class Client:
             raise await self._told(error) from error
         return self._understood(name, data)
 
-    async def _messages(self, name: str, request: Any, *, bulk: bool = False) -> AsyncGenerator[Any, None]:
+    async def _messages(
+        self, name: str, request: Any, *, bulk: bool = False, asked_by: str = ""
+    ) -> AsyncGenerator[Any, None]:
         """The answers of a stream. Raises PeerUnavailableError where none comes for `QUIET_S`.
 
         `bulk`: signs of life wait behind large answers, so that bytes on the connection are one too.
         """
-        call = self._method(name)(request, timeout=self.timeout_s, metadata=self._shown())
+        shown = self._shown(asked_by=asked_by)
+        call = self._method(name)(request, timeout=self.timeout_s, metadata=shown)
         try:
             while (data := await self._read(call, bulk)) is not grpc.aio.EOF:
                 yield self._understood(name, data)

@@ -155,7 +155,9 @@ class ReceiverClient(Client):
     async def generate(self, ask: Ask) -> AsyncGenerator[Piece, None]:
         request = convert.request(
             receiver_pb2.GenerateRequest,
-            cache_id=ask.cache_id,
+            **({"handle": ask.handle} if ask.handle else {"cache_id": ask.cache_id}),
+            recipe=ask.recipe,
+            target=convert.target_to_proto(ask.target),
             question=ask.question,
             max_new_tokens=ask.max_new_tokens,
             temperature=ask.temperature,
@@ -166,7 +168,9 @@ class ReceiverClient(Client):
             async for message in messages:
                 if message.token_ids or message.done:
                     receipt = convert.receipt_from_proto(message.receipt)
-                    piece = Piece(message.text, tuple(message.token_ids), message.done, receipt)
+                    piece = Piece(
+                        message.text, tuple(message.token_ids), message.done, receipt, message.cache_id
+                    )
                     expected.told(piece)
                     yield piece
         expected.end()
@@ -229,11 +233,13 @@ class SenderClient(Client):
         request = convert.request(sender_pb2.UnpublishContextRequest, context_id=context_id)
         await self._unary("UnpublishContext", request, QUICK_S)
 
-    async def fetch(self, fetch: Fetch) -> AsyncGenerator[bytes, None]:
+    async def fetch(self, fetch: Fetch, asked_by: str = "") -> AsyncGenerator[bytes, None]:
         """The frames of a published context, each checked as a receiver would before it is handed out.
 
         A stream that breaks goes on at the next frame. Raises what a receiving session raises: the first
         frame that is none ends it, and so does a stream without an end.
+
+        `asked_by`: for whom it is, who must be allowed to use the context too.
         """
         session = ReceiveSession(keep=False)
         request = convert.request(
@@ -248,7 +254,8 @@ class SenderClient(Client):
         left = fetch.target.budget_bytes or sys.maxsize
 
         async def frames() -> AsyncGenerator[bytes, None]:
-            async with contextlib.aclosing(self._messages("FetchCache", request, bulk=True)) as messages:
+            calls = self._messages("FetchCache", request, bulk=True, asked_by=asked_by)
+            async with contextlib.aclosing(calls) as messages:
                 async for message in messages:
                     if message.WhichOneof("message") != "heartbeat":
                         yield message.frame

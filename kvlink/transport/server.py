@@ -96,7 +96,14 @@ class _Receiver(_Agent):
     @stream(receiver_pb2.GenerateResponse)
     async def Generate(self, request: Any, caller: Caller) -> AsyncIterator[Any]:
         ask = Ask(
-            request.cache_id, request.question, request.max_new_tokens, request.temperature, request.seed
+            request.cache_id,
+            request.question,
+            request.max_new_tokens,
+            request.temperature,
+            request.seed,
+            request.handle,
+            request.recipe,
+            convert.target_from_proto(request.target),
         )
         async with aclosing(self._handler.generate(ask, caller)) as pieces:
             async for piece in pieces:
@@ -105,6 +112,7 @@ class _Receiver(_Agent):
                     token_ids=piece.token_ids,
                     done=piece.done,
                     receipt=convert.receipt_to_proto(piece.receipt) if piece.done else None,
+                    cache_id=piece.cache_id,
                 )
 
     @unary

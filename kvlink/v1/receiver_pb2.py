@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from kvlink.v1 import common_pb2 as kvlink_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvlink/v1/receiver.proto\x12\tkvlink.v1\x1a\x16kvlink/v1/common.proto\"!\n\x10PushCacheRequest\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c\"X\n\x11PutProfileRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.kvlink.v1.PutProfileStartH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"6\n\x0fPutProfileStart\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"$\n\x12PutProfileResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\x8a\x01\n\x11PushCacheResponse\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.kvlink.v1.TransferState\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\x12\x10\n\x08\x63\x61\x63he_id\x18\x03 \x01(\t\x12#\n\x07receipt\x18\x04 \x01(\x0b\x32\x12.kvlink.v1.Receipt\"/\n\x18GetTransferStatusRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\"z\n\x19GetTransferStatusResponse\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.kvlink.v1.TransferState\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\x12\x10\n\x08\x63\x61\x63he_id\x18\x03 \x01(\t\x12\x0b\n\x03why\x18\x04 \x01(\t\",\n\x15\x43\x61ncelTransferRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\"\x18\n\x16\x43\x61ncelTransferResponse\"p\n\x0fGenerateRequest\x12\x10\n\x08\x63\x61\x63he_id\x18\x01 \x01(\t\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"f\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\x12#\n\x07receipt\x18\x04 \x01(\x0b\x32\x12.kvlink.v1.Receipt\"&\n\x12\x44\x65leteCacheRequest\x12\x10\n\x08\x63\x61\x63he_id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteCacheResponse*\xd9\x01\n\rTransferState\x12\x1e\n\x1aTRANSFER_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17TRANSFER_STATE_ACCEPTED\x10\x01\x12\x1a\n\x16TRANSFER_STATE_DURABLE\x10\x02\x12\x1b\n\x17TRANSFER_STATE_COMPLETE\x10\x03\x12\x19\n\x15TRANSFER_STATE_FAILED\x10\x04\x12\x1c\n\x18TRANSFER_STATE_CANCELLED\x10\x05\x12\x19\n\x15TRANSFER_STATE_ENOUGH\x10\x06\x32\xd0\x04\n\x0fReceiverService\x12X\n\x0fGetCapabilities\x12!.kvlink.v1.GetCapabilitiesRequest\x1a\".kvlink.v1.GetCapabilitiesResponse\x12J\n\tPushCache\x12\x1b.kvlink.v1.PushCacheRequest\x1a\x1c.kvlink.v1.PushCacheResponse(\x01\x30\x01\x12^\n\x11GetTransferStatus\x12#.kvlink.v1.GetTransferStatusRequest\x1a$.kvlink.v1.GetTransferStatusResponse\x12\x45\n\x08Generate\x12\x1a.kvlink.v1.GenerateRequest\x1a\x1b.kvlink.v1.GenerateResponse0\x01\x12U\n\x0e\x43\x61ncelTransfer\x12 .kvlink.v1.CancelTransferRequest\x1a!.kvlink.v1.CancelTransferResponse\x12L\n\x0b\x44\x65leteCache\x12\x1d.kvlink.v1.DeleteCacheRequest\x1a\x1e.kvlink.v1.DeleteCacheResponse\x12K\n\nPutProfile\x12\x1c.kvlink.v1.PutProfileRequest\x1a\x1d.kvlink.v1.PutProfileResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvlink/v1/receiver.proto\x12\tkvlink.v1\x1a\x16kvlink/v1/common.proto\"!\n\x10PushCacheRequest\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c\"X\n\x11PutProfileRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.kvlink.v1.PutProfileStartH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"6\n\x0fPutProfileStart\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"$\n\x12PutProfileResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"\x8a\x01\n\x11PushCacheResponse\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.kvlink.v1.TransferState\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\x12\x10\n\x08\x63\x61\x63he_id\x18\x03 \x01(\t\x12#\n\x07receipt\x18\x04 \x01(\x0b\x32\x12.kvlink.v1.Receipt\"/\n\x18GetTransferStatusRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\"z\n\x19GetTransferStatusResponse\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.kvlink.v1.TransferState\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\x12\x10\n\x08\x63\x61\x63he_id\x18\x03 \x01(\t\x12\x0b\n\x03why\x18\x04 \x01(\t\",\n\x15\x43\x61ncelTransferRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\"\x18\n\x16\x43\x61ncelTransferResponse\"\xc2\x01\n\x0fGenerateRequest\x12\x12\n\x08\x63\x61\x63he_id\x18\x01 \x01(\tH\x00\x12\x10\n\x06handle\x18\x06 \x01(\tH\x00\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x0e\n\x06recipe\x18\x07 \x01(\t\x12!\n\x06target\x18\x08 \x01(\x0b\x32\x11.kvlink.v1.TargetB\t\n\x07\x63ontext\"x\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\x12#\n\x07receipt\x18\x04 \x01(\x0b\x32\x12.kvlink.v1.Receipt\x12\x10\n\x08\x63\x61\x63he_id\x18\x05 \x01(\t\"&\n\x12\x44\x65leteCacheRequest\x12\x10\n\x08\x63\x61\x63he_id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteCacheResponse*\xd9\x01\n\rTransferState\x12\x1e\n\x1aTRANSFER_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17TRANSFER_STATE_ACCEPTED\x10\x01\x12\x1a\n\x16TRANSFER_STATE_DURABLE\x10\x02\x12\x1b\n\x17TRANSFER_STATE_COMPLETE\x10\x03\x12\x19\n\x15TRANSFER_STATE_FAILED\x10\x04\x12\x1c\n\x18TRANSFER_STATE_CANCELLED\x10\x05\x12\x19\n\x15TRANSFER_STATE_ENOUGH\x10\x06\x32\xd0\x04\n\x0fReceiverService\x12X\n\x0fGetCapabilities\x12!.kvlink.v1.GetCapabilitiesRequest\x1a\".kvlink.v1.GetCapabilitiesResponse\x12J\n\tPushCache\x12\x1b.kvlink.v1.PushCacheRequest\x1a\x1c.kvlink.v1.PushCacheResponse(\x01\x30\x01\x12^\n\x11GetTransferStatus\x12#.kvlink.v1.GetTransferStatusRequest\x1a$.kvlink.v1.GetTransferStatusResponse\x12\x45\n\x08Generate\x12\x1a.kvlink.v1.GenerateRequest\x1a\x1b.kvlink.v1.GenerateResponse0\x01\x12U\n\x0e\x43\x61ncelTransfer\x12 .kvlink.v1.CancelTransferRequest\x1a!.kvlink.v1.CancelTransferResponse\x12L\n\x0b\x44\x65leteCache\x12\x1d.kvlink.v1.DeleteCacheRequest\x1a\x1e.kvlink.v1.DeleteCacheResponse\x12K\n\nPutProfile\x12\x1c.kvlink.v1.PutProfileRequest\x1a\x1d.kvlink.v1.PutProfileResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvlink.v1.receiver_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSFERSTATE']._serialized_start=950
-  _globals['_TRANSFERSTATE']._serialized_end=1167
+  _globals['_TRANSFERSTATE']._serialized_start=1051
+  _globals['_TRANSFERSTATE']._serialized_end=1268
   _globals['_PUSHCACHEREQUEST']._serialized_start=63
   _globals['_PUSHCACHEREQUEST']._serialized_end=96
   _globals['_PUTPROFILEREQUEST']._serialized_start=98
@@ -52,14 +52,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANCELTRANSFERREQUEST']._serialized_end=640
   _globals['_CANCELTRANSFERRESPONSE']._serialized_start=642
   _globals['_CANCELTRANSFERRESPONSE']._serialized_end=666
-  _globals['_GENERATEREQUEST']._serialized_start=668
-  _globals['_GENERATEREQUEST']._serialized_end=780
-  _globals['_GENERATERESPONSE']._serialized_start=782
-  _globals['_GENERATERESPONSE']._serialized_end=884
-  _globals['_DELETECACHEREQUEST']._serialized_start=886
-  _globals['_DELETECACHEREQUEST']._serialized_end=924
-  _globals['_DELETECACHERESPONSE']._serialized_start=926
-  _globals['_DELETECACHERESPONSE']._serialized_end=947
-  _globals['_RECEIVERSERVICE']._serialized_start=1170
-  _globals['_RECEIVERSERVICE']._serialized_end=1762
+  _globals['_GENERATEREQUEST']._serialized_start=669
+  _globals['_GENERATEREQUEST']._serialized_end=863
+  _globals['_GENERATERESPONSE']._serialized_start=865
+  _globals['_GENERATERESPONSE']._serialized_end=985
+  _globals['_DELETECACHEREQUEST']._serialized_start=987
+  _globals['_DELETECACHEREQUEST']._serialized_end=1025
+  _globals['_DELETECACHERESPONSE']._serialized_start=1027
+  _globals['_DELETECACHERESPONSE']._serialized_end=1048
+  _globals['_RECEIVERSERVICE']._serialized_start=1271
+  _globals['_RECEIVERSERVICE']._serialized_end=1863
 # @@protoc_insertion_point(module_scope)

@@ -94,30 +94,38 @@ class CancelTransferResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("cache_id", "question", "max_new_tokens", "temperature", "seed")
+    __slots__ = ("cache_id", "handle", "question", "max_new_tokens", "temperature", "seed", "recipe", "target")
     CACHE_ID_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
     QUESTION_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
     cache_id: str
+    handle: str
     question: str
     max_new_tokens: int
     temperature: float
     seed: int
-    def __init__(self, cache_id: _Optional[str] = ..., question: _Optional[str] = ..., max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+    recipe: str
+    target: _common_pb2.Target
+    def __init__(self, cache_id: _Optional[str] = ..., handle: _Optional[str] = ..., question: _Optional[str] = ..., max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., recipe: _Optional[str] = ..., target: _Optional[_Union[_common_pb2.Target, _Mapping]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("text", "token_ids", "done", "receipt")
+    __slots__ = ("text", "token_ids", "done", "receipt", "cache_id")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_ID_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     done: bool
     receipt: _common_pb2.Receipt
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., done: bool = ..., receipt: _Optional[_Union[_common_pb2.Receipt, _Mapping]] = ...) -> None: ...
+    cache_id: str
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., done: bool = ..., receipt: _Optional[_Union[_common_pb2.Receipt, _Mapping]] = ..., cache_id: _Optional[str] = ...) -> None: ...
 
 class DeleteCacheRequest(_message.Message):
     __slots__ = ("cache_id",)

@@ -122,8 +122,12 @@ FIELDS: dict[str, Rules] = {
         "max_new_tokens": _COUNT,
         "temperature": Number(0, 10),
         "seed": Whole(0, 2**64 - 1),
+        "handle": Words(400, r"[\x21-\x7e]*", "printable ASCII without blanks"),
+        "recipe": Words(RECIPE.most),
+        "target": Inner(),
     },
     "GenerateResponse": {
+        "cache_id": _ID,
         "text": Words(1_000_000), "token_ids": Many(4096, _COUNT), "done": Known(), "receipt": Inner(),
     },
     "DeleteCacheRequest": {"cache_id": _ID},

@@ -58,6 +58,10 @@ _SIGNED = {FieldDescriptor.CPPTYPE_INT32: _INT, FieldDescriptor.CPPTYPE_INT64: _
 _UNSIGNED = {FieldDescriptor.CPPTYPE_UINT32: 2 * _INT, FieldDescriptor.CPPTYPE_UINT64: 2 * _LONG}
 
 
+_MOST_BYTES = 30_000_000
+"""Of a repeated field; more than any agent takes in a message."""
+
+
 class Seen:
     """Values of fields that real messages carried, by the field's name: the newest few of each."""
 
@@ -133,6 +137,10 @@ class Maker:
                 if depth < 10
                 else []
             )
+            largest = max((inner.ByteSize() for inner in one), default=0)
+            count = min(
+                count, 1 + _MOST_BYTES // max(1, largest)
+            )  # thousands of megabytes are nobody's message
             many.extend(rng.choice(one) for _ in range(count) if one)
         else:
             one = [self.value(field) for _ in range(min(count, 17))]
