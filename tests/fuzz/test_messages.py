@@ -83,7 +83,7 @@ def test_what_was_seen_comes_again():
         )
     )
     maker = Maker(random.Random(0), seen)
-    made = [maker.message(pb.Manifest.DESCRIPTOR) for _ in range(200)]
+    made = [maker.message(pb.Manifest.DESCRIPTOR) for _ in range(1000)]
     assert any(one.transfer_id == b"t" * 16 for one in made)
     assert any(one.recipe.codec.transform.basis == "own" for one in made)
 
