@@ -32,7 +32,7 @@ from kvlink.codecs import BARE, Codec, Quantized, Transform, codec_from, step_co
 from kvlink.codecs import OPTIONS as CODEC_OPTIONS
 from kvlink.codecs.base import require_between, require_one_of, whole_number
 from kvlink.errors import RecipeError
-from kvlink.payload import Mode
+from kvlink.payload import DEADLINE_MS, Mode
 
 Scope = Literal["shared", "head"]
 When = Literal["after", "during"]
@@ -232,19 +232,27 @@ class Target:
     """What a message should be like, beyond its recipe; 0 and False ask for nothing.
 
     `budget_bytes`: most bytes of the transfer. `max_bits`: most bits per element. `quality`: share of
-    answers that the step kept when the profile was made. `verify`: with a certificate.
+    answers that the step kept when the profile was made. `verify`: with a certificate. `deadline_s`: seconds
+    from the request until what has come is enough, so that positions come in order of importance; at most an hour.
+    `allow_text`: where nothing can be used by then, the text may come instead.
     """
 
     budget_bytes: int = 0
     max_bits: float = 0.0
     quality: float = 0.0
     verify: bool = False
+    deadline_s: float = 0.0
+    allow_text: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("budget_bytes", "max_bits", "quality"):
+        for name in ("budget_bytes", "max_bits", "quality", "deadline_s"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise RecipeError(f"{name} must be a number of at least 0, got {value}")
+        if self.deadline_s > DEADLINE_MS / 1e3:
+            raise RecipeError(f"deadline_s must be at most {DEADLINE_MS / 1e3:g}, got {self.deadline_s:g}")
+        if self.allow_text and not self.deadline_s:
+            raise RecipeError("allow_text needs a deadline: the text comes where the cache is late")
 
     @property
     def needs_step(self) -> bool:

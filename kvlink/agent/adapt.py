@@ -4,6 +4,7 @@
     bits      the finest step whose transfer has at most so many bits an element; where a step that leaves
               all positions whole does not reach that, positions are chosen for the question
     budget    fewer positions, until the transfer has at most so many bytes
+    deadline  positions in order of importance, so that what has come by then can be answered from
     verify    finer until the sender reads its own answer from the message
 
 Each alone and all together; what cannot be met is refused with the least that can. Without a profile `auto`
@@ -14,13 +15,14 @@ Does not know: how a message is made. Place on the path: the sender's choice bef
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvlink.agent.uses import require_usable
 from kvlink.codecs import STEP_CODES, Transform
-from kvlink.errors import LimitError, RecipeError
+from kvlink.errors import DeadlineError, LimitError, RecipeError
 from kvlink.profile import Profile
 from kvlink.recipe import PLAIN_RECIPE, Amount, Recipe, Selection, Target
 
@@ -28,6 +30,23 @@ if TYPE_CHECKING:
     from kvlink.agent.plan import Delivered
     from kvlink.agent.sender import Context, Look, Sender
     from kvlink.agent.transfer import OnProgress, Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """`at`: by `time.perf_counter`. `order`: the selection whose scores order the positions."""
+
+    at: float
+    order: Selection
+
+    @property
+    def left_ms(self) -> int:
+        """What is left of it. Raises DeadlineError where nothing is."""
+        left_s = self.at - time.perf_counter()
+        if left_s <= 0:
+            raise DeadlineError(f"the deadline passed {-left_s:.2g} s before the first frame could leave")
+        return math.ceil(1e3 * left_s)
+
 
 INT8_GRADE = -12
 """Code of the step that stands for INT8 where nothing is known of a model: 1/8."""
@@ -102,6 +121,7 @@ class Packing:
         self._target, self._transfer_id = target, transfer_id
         self._look, self._looked_for = look, ""
         self._base, self._progress = base, progress
+        self._deadline_at = time.perf_counter() + target.deadline_s if target.deadline_s else 0.0
 
     def run(self, recipe: Recipe) -> Transfer:
         target, self._looked_for = self._target, recipe.selection.name if self._look else ""
@@ -120,13 +140,24 @@ class Packing:
     def _pack(self, recipe: Recipe) -> Transfer:
         """One recipe as it is; evidence is captured once for all steps and amounts of a selection."""
         require_usable(self._sender.lm, recipe)
-        name = recipe.selection.name
+        deadline = self._deadline(recipe)
+        looked = deadline.order if deadline else recipe.selection
+        name = looked.name
         if self._look is None or (name not in ("all", self._looked_for)):
-            self._look = self._sender.look(self._context, self._question, recipe.selection)
+            self._look = self._sender.look(self._context, self._question, looked)
             self._looked_for = name
         return self._sender.pack_once(
-            self._context, self._transfer_id, recipe, self._look, self._base, self._progress
+            self._context, self._transfer_id, recipe, self._look, self._base, self._progress, deadline
         )
+
+    def _deadline(self, recipe: Recipe) -> Deadline | None:
+        """When what has come is enough, and by what its order is found: the question where the recipe sends all."""
+        if not self._deadline_at or recipe.mode == "text":
+            return None
+        order = recipe.selection
+        if order.method == "all":
+            order = Selection("q2c" if self._question.strip() else "streaming")
+        return Deadline(self._deadline_at, order)
 
     def _choose(self, recipe: Recipe, budget_bytes: int) -> Transfer:
         """As many positions as the budget holds; by the question where the recipe chooses none."""

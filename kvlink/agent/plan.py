@@ -1,6 +1,7 @@
 """What segments a transfer has: which positions of a context, by which codec, in what order.
 
     nothing is there     the selected positions · the others as a background
+    within a deadline    the selected positions in tiers, the most needed first · the others as a background
     a base is there      what is new · what is there too coarsely, finer · a background where there was none
 
 `Delivered` is what a receiver holds after a transfer, as far as its sender knows it: enough to plan what is
@@ -51,9 +52,18 @@ class Delivered:
         return same and (self.background is None or recipe.background in (None, self.background))
 
 
-def plan(cache: KVCache, recipe: Recipe, positions: Tensor | None) -> list[SegmentPlan]:
-    """The segments of a whole transfer. `positions`: what the selection chose, None for all."""
-    plans = [SegmentPlan.of(cache, recipe.codec, positions)]
+def plan(
+    cache: KVCache, recipe: Recipe, positions: Tensor | None, tiers: Sequence[Tensor] = ()
+) -> list[SegmentPlan]:
+    """The segments of a whole transfer. `positions`: what the selection chose, None for all. `tiers`: the same
+    positions in their order of importance, a segment each."""
+    plans, present = list[SegmentPlan](), 0
+    for tier in tiers:
+        present += tier.shape[-1]
+        rest = present == cache.tokens
+        plans.append(SegmentPlan.of(cache, recipe.codec, tier, rest=rest, first=not plans))
+    if not tiers:
+        plans = [SegmentPlan.of(cache, recipe.codec, positions)]
     if positions is not None and recipe.background is not None and positions.shape[-1] < cache.tokens:
         plans.append(SegmentPlan.of(cache, recipe.background, cache.others(positions), rest=True))
     return plans

@@ -23,7 +23,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from kvlink.agent.adapt import Packing, automatic
+from kvlink.agent.adapt import Deadline, Packing, automatic
 from kvlink.agent.builder import restored
 from kvlink.agent.plan import Delivered, delivered, plan, plan_missing
 from kvlink.agent.transfer import OnProgress, Outline, Transfer, outlined, outlined_text, reported
@@ -33,7 +33,7 @@ from kvlink.codecs import AUTO_CALIBRATION, NO_CALIBRATION, Codec, Transform
 from kvlink.compress.codec import SegmentPlan
 from kvlink.compress.codecs import CodecContext
 from kvlink.compress.lossless import pack_part
-from kvlink.compress.select import choose_positions, kept_count, needs, score
+from kvlink.compress.select import choose_positions, in_tiers, kept_count, needs, score
 from kvlink.errors import CodecError, ContextError, LimitError, ModelError, RecipeError
 from kvlink.model.adopt import cache_of, ids_of, prompt_of
 from kvlink.model.calibrate import rotation, units
@@ -283,10 +283,12 @@ class Sender:
         look: Look,
         base: Delivered | None = None,
         progress: OnProgress | None = None,
+        deadline: Deadline | None = None,
     ) -> Transfer:
-        """One recipe as it is, with what was looked at. Raises LimitError where its budget is too small."""
+        """One recipe as it is, with what was looked at. Raises LimitError where its budget is too small,
+        DeadlineError where nothing could leave in time."""
         recipe = self._resolved(recipe)
-        clock = _Clock(look.stage_s, transfer_id, progress)
+        clock = _Clock(look.stage_s, transfer_id, progress, deadline)
         base = base if base is not None and base.serves(recipe) else None
         if recipe.mode == "text":
             if not context.text:
@@ -379,7 +381,11 @@ class Sender:
         elif selection.when == "during":
             plans = [SegmentPlan.of(prefill(self.lm, context.ids, positions), recipe.codec)]
         else:
-            plans = plan(cache, recipe, positions)
+            tiers = []
+            if clock.deadline:
+                kept = torch.arange(cache.tokens) if positions is None else positions
+                tiers = in_tiers(kept, look.evidence, clock.deadline.order, cache.shape)
+            plans = plan(cache, recipe, positions, tiers)
         clock.lap("select")
         outlines = [
             outlined(one, recipe.coder, lambda codec: self._codec_context(codec, context)) for one in plans
@@ -441,6 +447,7 @@ class Sender:
             text_bytes=len(context.text.encode()) if recipe.mode == "text" else 0,
             sketch=self.lm.sketch if recipe.mode == "kv" else None,
             base=base.base if base else None,
+            deadline_ms=clock.deadline.left_ms if clock.deadline else 0,
         )
         headers = [header for header, _ in outlines]
         receipt = Receipt(
@@ -484,8 +491,9 @@ class _Clock:
         stage_s: Mapping[str, float] | None = None,
         transfer_id: bytes = b"",
         progress: OnProgress | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
-        self.transfer_id, self.progress = transfer_id, progress
+        self.transfer_id, self.progress, self.deadline = transfer_id, progress, deadline
         self.stage_s: dict[str, float] = dict(stage_s or {})
         self._last = time.perf_counter()
 

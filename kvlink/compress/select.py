@@ -19,6 +19,9 @@ from kvlink.errors import RecipeError
 from kvlink.payload import CacheShape
 from kvlink.recipe import Selection
 
+TIERS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+"""Shares of the kept positions that are there after each tier, where positions come in order of importance."""
+
 _NEEDS: dict[str, frozenset[str]] = {
     "all": frozenset(),
     "q2c": frozenset({"question"}),
@@ -212,10 +215,7 @@ def choose_positions(evidence: Evidence, selection: Selection, shape: CacheShape
 
     The first `sinks` and last `recent` positions are always in; ties go to the lower position.
     """
-    tokens = shape.tokens
-    always = torch.zeros(tokens, dtype=torch.bool)
-    always[: selection.sinks] = True
-    always[max(0, tokens - selection.recent) :] = True
+    tokens, always = shape.tokens, _always(selection, shape.tokens)
     if selection.method == "all":
         return torch.arange(tokens)
     scores = score(evidence, selection, shape)
@@ -227,6 +227,35 @@ def choose_positions(evidence: Evidence, selection: Selection, shape: CacheShape
     # A stable sort keeps the lower position first among equals.
     best = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
     return best[0] if selection.scope == "shared" else best.reshape(shape.layers, shape.kv_heads, count)
+
+
+def _always(selection: Selection, tokens: int) -> Tensor:
+    """`[T]` bool: sinks and recent tokens, which every choice has."""
+    always = torch.zeros(tokens, dtype=torch.bool)
+    always[: selection.sinks] = True
+    always[max(0, tokens - selection.recent) :] = True
+    return always
+
+
+def in_tiers(positions: Tensor, evidence: Evidence, order: Selection, shape: CacheShape) -> list[Tensor]:
+    """`positions` `[K]` or `[L, Hkv, K]` in tiers, the most needed first, each ascending; together they are all.
+
+    After tier i a share TIERS[i] of them is there, the sinks and recent tokens from the first one on. Every tier has
+    equally many positions in each set. `order`: the selection whose scores say what is needed.
+    """
+    count, always = positions.shape[-1], _always(order, shape.tokens)
+    scores = score(evidence, order, shape).masked_fill(always, torch.inf)
+    sets = positions.reshape(-1, count)
+    if len(scores) != len(sets):  # one set for all: by what all layers and heads need together
+        scores = scores.sum(0, keepdim=True) if len(sets) == 1 else scores.expand(len(sets), -1)
+    ranked = sets.gather(1, scores.gather(1, sets).sort(dim=1, descending=True, stable=True).indices)
+    forced = int(always[sets].sum(1).max())
+    ends = sorted({min(count, max(forced, 1, math.ceil(share * count))) for share in TIERS})
+    begins = [0, *ends[:-1]]
+    return [
+        ranked[:, begin:end].sort(dim=1).values.reshape(*positions.shape[:-1], end - begin)
+        for begin, end in zip(begins, ends, strict=True)
+    ]
 
 
 def _needed(tensor: Tensor | None, name: str) -> Tensor:

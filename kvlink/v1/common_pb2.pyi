@@ -120,16 +120,20 @@ class Certificate(_message.Message):
     def __init__(self, agreeing_tokens: _Optional[int] = ..., tokens: _Optional[int] = ..., kl_mean: _Optional[float] = ..., logit_error: _Optional[float] = ..., escalations: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Target(_message.Message):
-    __slots__ = ("budget_bytes", "max_bits", "quality", "verify")
+    __slots__ = ("budget_bytes", "max_bits", "quality", "verify", "deadline_s", "allow_text")
     BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_BITS_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_TEXT_FIELD_NUMBER: _ClassVar[int]
     budget_bytes: int
     max_bits: float
     quality: float
     verify: bool
-    def __init__(self, budget_bytes: _Optional[int] = ..., max_bits: _Optional[float] = ..., quality: _Optional[float] = ..., verify: bool = ...) -> None: ...
+    deadline_s: float
+    allow_text: bool
+    def __init__(self, budget_bytes: _Optional[int] = ..., max_bits: _Optional[float] = ..., quality: _Optional[float] = ..., verify: bool = ..., deadline_s: _Optional[float] = ..., allow_text: bool = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()

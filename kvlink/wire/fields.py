@@ -100,6 +100,7 @@ FIELDS: dict[str, Rules] = {
     },
     "Target": {
         "budget_bytes": _SIZE, "max_bits": Number(0, 1e6), "quality": Number(0, 1), "verify": Known(),
+        "deadline_s": Number(0, DEADLINE_MS / 1e3), "allow_text": Known(),
     },
     "Heartbeat": {},
     "GetCapabilitiesRequest": {},
