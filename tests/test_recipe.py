@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kvlink
+from kvlink.agent.settings import SenderSettings
+from kvlink.cli.files import pack as pack_file
 from kvlink.codecs import (
     BARE,
     STEP_CODES,
@@ -19,7 +23,8 @@ from kvlink.codecs import (
     codec_from,
 )
 from kvlink.errors import RecipeError
-from kvlink.recipe import METHODS, PRESETS, Amount, Recipe, Selection
+from kvlink.recipe import AUTO, METHODS, PRESETS, Amount, Recipe, Selection
+from kvlink.transport.api import Delivery, Fetch
 
 ratios = st.floats(0.001, 1.0)
 amounts = st.one_of(
@@ -199,3 +204,14 @@ def test_every_layer_of_a_large_model_may_have_quantizers_of_its_own():
     overrides = tuple(LayerOverride(layer, finest, replace(finest, axis="token")) for layer in range(126))
     recipe = Recipe(codec=Quantized(overrides=overrides))
     assert Recipe.parse(str(recipe)) == recipe
+
+
+def test_who_names_no_recipe_gets_the_same_one_everywhere():
+    defaults = (
+        inspect.signature(kvlink.pack).parameters["recipe"].default,
+        inspect.signature(kvlink.Sender.pack).parameters["recipe"].default,
+        SenderSettings().default_recipe,
+        inspect.signature(pack_file).parameters["recipe"].default,
+    )
+    assert set(defaults) == {AUTO}
+    assert Delivery("127.0.0.1:1", "Who?").recipe == Fetch("id").recipe == "", "left to the sender's settings"

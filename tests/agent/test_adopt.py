@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,15 @@ from transformers import DynamicCache, StaticCache
 
 from kvlink import pack, unpack
 from kvlink.agent.receiver import Receiver
-from kvlink.agent.sender import Sender
-from kvlink.errors import ContextError, RecipeError, UnsupportedCacheError
+from kvlink.agent.receiver_service import ReceiverService
+from kvlink.agent.sender import Look, Sender
+from kvlink.errors import ContextError, IdentityError, RecipeError, UnsupportedCacheError
 from kvlink.model.loading import LanguageModel, load, wrap
 from kvlink.model.template import Turn
+from kvlink.recipe import Recipe
+from kvlink.transport.api import Ask
+from kvlink.transport.client import ReceiverClient
+from kvlink.transport.server import Server
 from tests.model.test_template import CHAT
 from tests.sweep.families import make
 
@@ -102,6 +108,47 @@ def test_a_conversation_goes_on_with_its_next_turn(chat):
     inputs = receiver.generate_inputs(held, QUESTION)
     assert [*ids, *inputs["input_ids"][0].tolist()] == asked["input_ids"][0].tolist()
     assert list(receiver.answer(held, QUESTION, max_new_tokens=8).token_ids) == plain.tolist()
+
+
+async def test_an_adopted_conversation_goes_on_at_another_agent(chat):
+    """The receiver learns from the manifest how its question is asked."""
+    sender = Sender(chat)
+    said = chat.tokenizer.apply_chat_template(
+        [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "Noted."}], tokenize=False
+    )
+    ids = chat.tokenizer(said, add_special_tokens=False)["input_ids"]
+    context = sender.adopt(prefilled(chat, ids), ids)
+    server = Server("127.0.0.1:0", receiver=ReceiverService(Receiver(chat)))
+    async with ReceiverClient(f"127.0.0.1:{await server.start()}") as client:
+        statuses = [one async for one in client.push(sender.pack(context, QUESTION, "raw").frames)]
+        asked = Ask(statuses[-1].cache_id, QUESTION, max_new_tokens=8)
+        tokens = [i async for piece in client.generate(asked) for i in piece.token_ids]
+    await server.stop(0)
+    assert tuple(tokens) == sender.answer(context, QUESTION, max_new_tokens=8).token_ids
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"template_id": "plain/1/continued/continued"},
+            "prompt template: here plain/1/continued, at the peer",
+        ),
+        ({"template_id": "chat/0123/continued"}, "prompt template: here plain/1/continued, at the peer"),
+        ({"template_id": "plain/1/continued"}, "prompt: before the context"),
+        (
+            {"template_id": "plain/1/continued", "turns": (Turn("user", "x"),)},
+            "has its earlier turns in itself",
+        ),
+    ],
+)
+def test_a_prompt_that_says_otherwise_is_refused(tiny, change, message):
+    sender = Sender(tiny)
+    context = sender.read(TEXT)
+    context.prompt = replace(context.prompt, **change)
+    frames = Sender.pack_once(sender, context, TRANSFER, Recipe.parse("raw"), Look()).frames
+    with pytest.raises((IdentityError, ContextError), match=message):
+        Receiver(tiny).receive(frames)
 
 
 def test_ids_that_no_text_gives_have_no_text(tiny):
