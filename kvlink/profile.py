@@ -71,6 +71,11 @@ class Profile:
         """16 bytes that name the profile: BLAKE3 of its file."""
         return blake3(self.to_bytes()).digest(length=16)
 
+    @cached_property
+    def file_bytes(self) -> int:
+        """Bytes of its file."""
+        return len(self.to_bytes())
+
     def side(self, layer: int, side: str) -> Side:
         return (self.keys if side == "keys" else self.values)[layer]
 

@@ -114,24 +114,32 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
+class Spoken:
+    """What a release of an agent speaks: protocol versions, both inclusive, modes, codecs by their names in
+    `kvlink.codecs`, coders. Of this release as it stands."""
+
+    protocol_min: int = 1
+    protocol_max: int = 1
+    modes: tuple[str, ...] = ("kv", "text")
+    codecs: tuple[str, ...] = tuple(CODECS)
+    coders: tuple[str, ...] = ("identity", "zstd", "rans")
+
+
+@dataclass(frozen=True, slots=True)
 class Capabilities:
     """What an agent is and can do.
 
-    `codecs`: by their names in `kvlink.codecs`. `limits`: by name, in bytes, tokens or counts. `address`:
-    where it says that others reach it, empty where it says nothing.
+    `limits`: by name, in bytes, tokens or counts. `address`: where it says that others reach it, empty where
+    it says nothing.
     """
 
     model_name: str
     fingerprint: Fingerprint
     dtype: str
     release: str
-    modes: tuple[str, ...] = ("kv", "text")
-    codecs: tuple[str, ...] = tuple(CODECS)
-    coders: tuple[str, ...] = ("identity", "zstd", "rans")
+    spoken: Spoken = field(default_factory=Spoken)
     limits: dict[str, int] = field(default_factory=dict)
     sketch: Sketch | None = None
     prefill_tokens_per_s: float = 0.0
     profiles: tuple[bytes, ...] = ()
-    protocol_min: int = 1
-    protocol_max: int = 1
     address: str = ""

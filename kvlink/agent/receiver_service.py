@@ -86,7 +86,7 @@ class ReceiverService:
             release=RELEASE,
             limits={
                 "max_cache_bytes": limits.max_cache_bytes,
-                "max_context_tokens": min(limits.max_context_tokens, lm.window),
+                "max_context_tokens": min(limits.max_context_tokens, lm.window - 1),
                 "max_frame_bytes": limits.max_frame_bytes,
                 "max_segments": limits.max_segments,
                 "max_text_bytes": limits.max_text_bytes,

@@ -128,7 +128,7 @@ class Sender:
     ) -> None:
         """`model`, `tokenizer`, `options`: see `model.loading.language_model`. `chunk_bytes`: most bytes of a chunk."""
         self.lm = language_model(model, tokenizer, **options)
-        self._chunk_bytes = chunk_bytes
+        self.chunk_bytes = chunk_bytes
         self._units: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def read(self, text: str, turns: Iterable[TurnLike] = (), progress: OnProgress | None = None) -> Context:
@@ -287,7 +287,7 @@ class Sender:
     ) -> Transfer:
         """One recipe as it is, with what was looked at. Raises LimitError where its budget is too small,
         DeadlineError where nothing could leave in time."""
-        recipe = self._resolved(recipe)
+        recipe = self.resolved(recipe)
         clock = _Clock(look.stage_s, transfer_id, progress, deadline)
         base = base if base is not None and base.serves(recipe) else None
         if recipe.mode == "text":
@@ -333,7 +333,7 @@ class Sender:
         """The model, with the template by which a question goes on from a context."""
         return self.lm.asking(context.prompt.template_id)
 
-    def _resolved(self, recipe: Recipe) -> Recipe:
+    def resolved(self, recipe: Recipe) -> Recipe:
         """A transform's basis by name: the model's profile where there is one."""
         codec, profile = recipe.codec, self.lm.profile
         if not isinstance(codec, Transform) or codec.basis != AUTO_CALIBRATION:
@@ -462,7 +462,7 @@ class Sender:
         )
         if clock.progress is not None:
             outlines = reported(outlines, manifest.shape, clock.progress)
-        return Transfer(manifest, outlines, receipt, draft, self._chunk_bytes, on_closed)
+        return Transfer(manifest, outlines, receipt, draft, self.chunk_bytes, on_closed)
 
 
 def evidence_key(selection: Selection) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any
@@ -22,6 +22,7 @@ from blake3 import blake3
 
 from kvlink._release import RELEASE
 from kvlink.agent.admission import Gate
+from kvlink.agent.handshake import Needed, compare, needed_by, require_room
 from kvlink.agent.outbox import Outbound, Outbox
 from kvlink.agent.sender import Context, Sender
 from kvlink.agent.settings import SenderSettings, allowed
@@ -35,7 +36,6 @@ from kvlink.defaults import CALL_S
 from kvlink.errors import (
     AccessError,
     BusyError,
-    IdentityError,
     InputError,
     KvlinkError,
     LimitError,
@@ -53,6 +53,9 @@ from kvlink.transport.sockets import SocketCount
 from kvlink.wire.messages import TRANSFER_ID_BYTES
 
 log = logging.getLogger("kvlink.sender")
+
+CheckRoom = Callable[[int, int, str], None]
+"""Told the tokens of a context, the bytes of its cache and its text."""
 
 
 class SenderService:
@@ -177,8 +180,14 @@ class SenderService:
         with self.observer.span("deliver", caller.trace, transfer=key.hex()) as span, ExitStack() as here:
             caller = replace(caller, trace=span.parent)
             async with self._dial(delivery.receiver, caller) as peer:
-                there = await self._compare(peer, recipe)
-            contexts = _Contexts(self, delivery, caller)
+                there = await peer.capabilities()
+            needed = self._needed(recipe)
+            compare(self.capabilities(), there, needed)
+
+            def check_room(tokens: int, cache_bytes: int, text: str) -> None:
+                require_room(there, needed.sized(tokens, cache_bytes, text, self._sender.chunk_bytes))
+
+            contexts = _Contexts(self, delivery, caller, check_room)
             here.enter_context(contexts.used())
 
             @asynccontextmanager
@@ -349,16 +358,12 @@ class SenderService:
             address, told.credentials, insecure=told.insecure, trace=caller.trace, patience_s=patience_s
         )
 
-    async def _compare(self, peer: ReceiverClient, recipe: Recipe) -> Capabilities:
-        """Identity before bytes: nothing is read or packed for a receiver that cannot use it."""
-        there = await peer.capabilities()
-        lm = self._sender.lm
-        lm.fingerprint.require_match(there.fingerprint, recipe.mode)
-        if recipe.mode == "kv":
-            if there.dtype != lm.dtype:
-                raise IdentityError(f"dtype: here {lm.dtype}, at the peer {there.dtype}")
-            lm.sketch.require_match(there.sketch)
-        return there
+    def _needed(self, recipe: Recipe) -> Needed:
+        """What a transfer by a recipe needs, as far as it is known before its text is cut."""
+        needed, profile = needed_by(self._sender.resolved(recipe)), self._sender.lm.profile
+        if profile is not None and profile.digest == needed.calibration:
+            needed = replace(needed, profile_bytes=profile.file_bytes)
+        return needed
 
     def _check_length(self, what: str, *texts: str) -> None:
         """Refuse by its length a text that cannot be read here. Raises LimitError, ContextError."""
@@ -367,13 +372,18 @@ class SenderService:
         if size > self.settings.max_text_bytes:
             raise LimitError(f"at most {self.settings.max_text_bytes} bytes of text, got {size}")
 
-    async def _read(self, text: str, turns: list[Turn], whose: Whose, held: ExitStack) -> Context:
-        """Cut and read a text, with room promised for its tokens and then its cache until `held` is left."""
+    async def _read(
+        self, text: str, turns: list[Turn], whose: Whose, held: ExitStack, check: CheckRoom = lambda *_: None
+    ) -> Context:
+        """Cut and read a text, with room promised for its tokens and then its cache until `held` is left.
 
+        `check`: told what it will be before it is read.
+        """
         texts = (text, *(turn.content for turn in turns))
         reading = self._sender.lm.reading_bytes(*(len(t.encode()) for t in texts))
         held.enter_context(self.store.promised(reading, whose))
         cut = await to_thread(self._sender.cut, text, turns)
+        check(len(cut.ids), cut.cache_bytes, text)
         held.enter_context(self.store.promised(cut.cache_bytes, whose))
         context = await to_thread(self._sender.prefill, cut)
         self._prefill_tokens_per_s = context.cache.tokens / max(context.prefill_s, 1e-9)
@@ -402,8 +412,9 @@ class SenderService:
 class _Contexts:
     """The context of one delivery, read or leased when it is first needed, kept while anybody uses it."""
 
-    def __init__(self, service: SenderService, delivery: Delivery, caller: Caller) -> None:
-        self._service, self._delivery, self._caller = service, delivery, caller
+    def __init__(self, service: SenderService, delivery: Delivery, caller: Caller, check: CheckRoom) -> None:
+        """`check`: raises where the receiver has no room for what is told, before it is read."""
+        self._service, self._delivery, self._caller, self._check = service, delivery, caller, check
         self._held, self._users = ExitStack(), 0
         self._found: Context | None = None
         self.prefill_s = 0.0
@@ -423,13 +434,13 @@ class _Contexts:
         if self._found is None:
             told, service = self._delivery, self._service
             if told.context_id:
-                self._found = self._held.enter_context(
-                    service.store.lease(told.context_id, self._caller.name)
-                )
+                found = self._held.enter_context(service.store.lease(told.context_id, self._caller.name))
+                self._check(found.cache.tokens, found.cache.shape.cache_bytes, found.text)
+                self._found = found
             else:
                 with await service._work.enter(self._caller.account):
                     whose = Whose.left_by(self._caller)
-                    self._found = await service._read(told.text, [], whose, self._held)
+                    self._found = await service._read(told.text, [], whose, self._held, self._check)
                 self._held.callback(self._found.wipe)
                 self.prefill_s = self._found.prefill_s
         return self._found

@@ -214,7 +214,7 @@ def health(
                     "dtype": there.dtype,
                     "release": there.release,
                     "advertises": there.address,
-                    "protocol": [there.protocol_min, there.protocol_max],
+                    "protocol": [there.spoken.protocol_min, there.spoken.protocol_max],
                     "weights": there.fingerprint.weights.hex(),
                 }
         raise errors.RemoteProtocolError(f"{address} is no kvlink agent")

@@ -145,12 +145,14 @@ async def _ask(
     as_json: bool,
     report: Output | None,
 ) -> None:
+    from kvlink.agent.handshake import Needed, require_room
     from kvlink.show import receipt_dict, say_receipt
     from kvlink.transport.api import Ask
     from kvlink.transport.client import ReceiverClient, SenderClient
 
     done, last, text = None, None, ""
     async with SenderClient(sender_at, **link) as source, ReceiverClient(delivery.receiver, **link) as target:
+        require_room(await target.capabilities(), Needed(new_tokens=max_new_tokens))
         with progress(BarColumn(), DownloadColumn(), TimeRemainingColumn()) as bar:
             task = bar.add_task("delivering", total=None)
             async for step in source.deliver(delivery):

@@ -38,7 +38,7 @@ from kvlink.cli.options import (
 from kvlink.defaults import ATTENTION, DEVICE, DTYPE, MODEL, NEW_TOKENS, SENDER
 from kvlink.files import Output
 from kvlink.quoting import shown
-from kvlink.receipt import warnings_of
+from kvlink.receipt import Spoken, warnings_of
 from kvlink.recipe import DEFAULT_RECIPE, Target
 from kvlink.terminal import note, say, say_json, say_text
 
@@ -117,6 +117,7 @@ def fetch(
     as_json: Json = False,
 ) -> None:
     """Pull a published context, reduced for a question, into a .kvl file."""
+    from kvlink.agent.handshake import needed_by, require_spoken
     from kvlink.transport.api import Fetch
     from kvlink.transport.client import SenderClient
     from kvlink.transport.handle import Handle
@@ -130,6 +131,7 @@ def fetch(
     async def work(sink: Writable) -> tuple[bytes, int, int]:
         first, count, size = b"", 0, write_frames((), sink)
         async with SenderClient(at.address, proof, insecure=insecure) as source:
+            require_spoken(Spoken(), (await source.capabilities()).spoken, needed_by(recipe))
             async for frame in source.fetch(wanted):
                 first, count, size = first or frame, count + 1, size + sink.write(framed(frame))
         return first, count, size

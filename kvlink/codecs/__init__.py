@@ -34,6 +34,11 @@ BARE = "quantizer"
 """The option that a word without `=` fills: `int4`."""
 
 
+def name_of(codec: Codec) -> str:
+    """The name of a codec's kind in `CODECS`."""
+    return next(name for name, kind in CODECS.items() if type(codec) is kind)
+
+
 def codec_from(options: Mapping[str, str]) -> Codec:
     """The codec that the words of a recipe describe. Raises RecipeError."""
     claimed = [name for name, codec in CODECS.items() if codec.CLAIM in options]
@@ -64,6 +69,7 @@ __all__ = [
     "Quantizer",
     "Transform",
     "codec_from",
+    "name_of",
     "step_code",
     "step_of",
 ]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from google.protobuf.message import Message
 
 from kvlink.errors import ConfigError, RemoteProtocolError
-from kvlink.receipt import Capabilities, Certificate, Receipt
+from kvlink.receipt import Capabilities, Certificate, Receipt, Spoken
 from kvlink.recipe import Target
 from kvlink.texts import whole
 from kvlink.transport.address import check_advertised
@@ -147,14 +147,14 @@ def explanation_from_proto(message: sender_pb2.Explanation) -> Explanation:
 
 def capabilities_to_proto(value: Capabilities) -> common_pb2.Capabilities:
     return common_pb2.Capabilities(
-        protocol_min=value.protocol_min,
-        protocol_max=value.protocol_max,
+        protocol_min=value.spoken.protocol_min,
+        protocol_max=value.spoken.protocol_max,
         model_name=value.model_name,
         fingerprint=fingerprint_to_proto(value.fingerprint),
         sketch=sketch_to_proto(value.sketch),
-        modes=[mapping.number(_MODE, mode) for mode in value.modes],  # type: ignore[misc]
-        codecs=value.codecs,
-        coders=[mapping.number(_CODER, coder) for coder in value.coders],  # type: ignore[misc]
+        modes=[mapping.number(_MODE, mode) for mode in value.spoken.modes],  # type: ignore[misc]
+        codecs=value.spoken.codecs,
+        coders=[mapping.number(_CODER, coder) for coder in value.spoken.coders],  # type: ignore[misc]
         limits=common_pb2.Limits(**value.limits),
         prefill_tokens_per_s=value.prefill_tokens_per_s,
         release=value.release,
@@ -172,13 +172,15 @@ def capabilities_from_proto(message: common_pb2.Capabilities) -> Capabilities:
         sketch=sketch_from_proto(message),
         dtype=_dtype(message.dtype),
         release=message.release,
-        modes=_known(_MODE, message.modes),
-        codecs=tuple(message.codecs),
-        coders=_known(_CODER, message.coders),
+        spoken=Spoken(
+            message.protocol_min,
+            message.protocol_max,
+            _known(_MODE, message.modes),
+            tuple(message.codecs),
+            _known(_CODER, message.coders),
+        ),
         limits={field.name: value for field, value in message.limits.ListFields()},
         prefill_tokens_per_s=message.prefill_tokens_per_s,
-        protocol_min=message.protocol_min,
-        protocol_max=message.protocol_max,
         profiles=tuple(message.profiles),
         address=_advertised(message.address),
     )

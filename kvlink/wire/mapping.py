@@ -18,16 +18,14 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from kvlink.codecs import CODECS, Codec
+from kvlink.codecs import CODECS, Codec, name_of
 from kvlink.errors import KvlinkError, RemoteProtocolError
-
-_CODEC_NAMES = {codec: name for name, codec in CODECS.items()}
 
 
 def write(value: Any, message: Message) -> None:
     """Fill `message` with the fields of `value`."""
     if isinstance(value, Codec) and _is_union(message):
-        kind = getattr(message, _CODEC_NAMES[type(value)])
+        kind = getattr(message, name_of(value))
         kind.SetInParent()  # all of its fields may be zeros
         write(value, kind)
         return

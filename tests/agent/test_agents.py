@@ -40,7 +40,7 @@ from tests.relay import relay
 @pytest.fixture
 def small_chunks(pair):
     """Transfers of many frames, so that there is something to cut between."""
-    pair.sender._sender._chunk_bytes = 4096
+    pair.sender._sender.chunk_bytes = 4096
 
 
 RECIPES = (
@@ -416,9 +416,9 @@ async def test_capabilities_say_what_an_agent_is(pair):
     there = await pair.target.capabilities()
     here = await pair.source.capabilities()
     assert there.fingerprint == here.fingerprint
-    assert there.protocol_min <= 1 <= there.protocol_max
-    assert {"kv", "text"} <= set(there.modes)
-    assert there.limits["max_context_tokens"] == 512
+    assert there.spoken.protocol_min <= 1 <= there.spoken.protocol_max
+    assert {"kv", "text"} <= set(there.spoken.modes)
+    assert there.limits["max_context_tokens"] == 511
 
 
 def test_rows_of_grpc_overhead():

@@ -7,6 +7,7 @@ import itertools
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from kvlink.v1 import sender_pb2
 from kvlink.wire.session import ReceiveSession, SendSession, read_transfer
 from tests.agent.conftest import QUESTION, TEXT
 from tests.agent.lying import SENDER, serve
+from tests.liar import capabilities
 
 ID = b"t" * 16
 UNKNOWN = b"\xfa\x01\x80\x10" + bytes(2048)
@@ -115,6 +117,30 @@ async def test_an_honest_transfer_passes_whole(frames):
     assert await fetched(frames) == (len(frames), None, len(frames))
 
 
+async def command(answers: Callable[[str, Any], AsyncIterator[bytes]], out: Path) -> tuple[int | None, str]:
+    """`kvlink fetch` from an agent that answers so: its status, and what it says of an error."""
+    server, port = await serve(answers, SENDER)
+    words = ["-m", "kvlink", "fetch", f"kvlink://127.0.0.1:{port}/x", "--question", QUESTION, "-o", str(out)]
+    process = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=-1, stderr=-1)
+    told = (await process.communicate())[1].decode()
+    await server.stop(0)
+    return process.returncode, told
+
+
+async def test_the_command_fetches_nothing_from_a_sender_that_speaks_another_protocol(tmp_path):
+    asked = []
+
+    async def answers(method: str, context: Any) -> AsyncIterator[bytes]:
+        asked.append(method)
+        yield capabilities(protocol_min=2, protocol_max=3).SerializeToString()
+
+    status, told = await command(answers, tmp_path / "context.kvl")
+    assert status
+    assert "protocol: 1 here, 2 to 3 at the peer" in told
+    assert asked == ["GetCapabilities"]
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("name", ["zeros", "a good beginning, then zeros", "no end", "a frame after the end"])
 @pytest.mark.parametrize("before", [None, b"an older file"])
 async def test_the_command_leaves_no_file_and_an_older_one_as_it_was(name, before, frames, tmp_path):
@@ -124,23 +150,14 @@ async def test_the_command_leaves_no_file_and_an_older_one_as_it_was(name, befor
     lie = LIES[name][0]
 
     async def answers(method: str, context: Any) -> AsyncIterator[bytes]:
+        if method == "GetCapabilities":
+            yield capabilities().SerializeToString()
+            return
         for frame in lie(frames):
             yield message(frame)
 
-    server, port = await serve(answers, SENDER)
-    command = [
-        sys.executable,
-        "-m",
-        "kvlink",
-        "fetch",
-        f"kvlink://127.0.0.1:{port}/x",
-        "--question",
-        QUESTION,
-    ]
-    process = await asyncio.create_subprocess_exec(*command, "-o", str(out), stdout=-1, stderr=-1)
-    told = (await process.communicate())[1].decode()
-    await server.stop(0)
-    assert process.returncode in (5, 6), told
+    status, told = await command(answers, out)
+    assert status in (5, 6), told
     assert "Traceback" not in told
     assert (out.read_bytes() if out.exists() else None) == before
     assert [path.name for path in tmp_path.iterdir()] == (["context.kvl"] if before else [])

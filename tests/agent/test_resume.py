@@ -371,7 +371,7 @@ async def test_a_caller_whose_link_breaks_gets_the_same_delivery(pair):
 
 
 async def test_leaving_a_delivery_early_frees_memory_at_both_ends(pair):
-    pair.sender._sender._chunk_bytes = 4096
+    pair.sender._sender.chunk_bytes = 4096
     async with relay(pair.receiver_port, stall_after=30_000) as wire:
         delivery = Delivery(f"127.0.0.1:{wire.port}", QUESTION, "raw", text=TEXT, delivery_id=ID)
         progress = pair.source.deliver(delivery)
@@ -390,7 +390,7 @@ async def test_leaving_a_delivery_early_frees_memory_at_both_ends(pair):
 
 
 async def test_a_broken_fetch_goes_on_at_the_next_frame(pair):
-    pair.sender._sender._chunk_bytes = 4096
+    pair.sender._sender.chunk_bytes = 4096
     published = await pair.source.publish(TEXT)
     sender_port = int(pair.source.address.rpartition(":")[2])
     async with relay(sender_port, cut_back_after=30_000) as wire:
@@ -405,7 +405,7 @@ async def test_a_broken_fetch_goes_on_at_the_next_frame(pair):
 async def test_a_peer_that_falls_silent_is_noticed_in_seconds(pair, monkeypatch):
     monkeypatch.setattr("kvlink.transport.channel.QUIET_S", 0.5)
     monkeypatch.setattr("kvlink.transport.calls.BEAT_S", 0.1)
-    pair.sender._sender._chunk_bytes = 4096
+    pair.sender._sender.chunk_bytes = 4096
     frames = pair.sender._sender.pack(pair.sender._sender.read(TEXT), QUESTION, "raw").frames
     async with (
         relay(pair.receiver_port, stall_after=30_000) as wire,
@@ -436,7 +436,7 @@ async def test_a_sender_that_packs_for_long_is_waited_for(pair, monkeypatch):
 async def test_a_sender_that_falls_silent_under_a_fetch_is_noticed(pair, monkeypatch):
     monkeypatch.setattr("kvlink.transport.channel.QUIET_S", 0.3)
     monkeypatch.setattr("kvlink.transport.channel.ATTEMPTS", 1)
-    pair.sender._sender._chunk_bytes = 4096
+    pair.sender._sender.chunk_bytes = 4096
     published = await pair.source.publish(TEXT)
     sender_port = int(pair.source.address.rpartition(":")[2])
     async with (
