@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from kvlink.payload import Fingerprint
 from kvlink.receipt import Capabilities
 from kvlink.transport import convert
+from kvlink.transport.credentials import Credentials
 from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2
 
 Method = Callable[[Any, grpc.ServicerContext], Any]
@@ -24,6 +25,7 @@ _REQUESTS = {
     "FetchCache": sender_pb2.FetchCacheRequest,
     "Generate": receiver_pb2.GenerateRequest,
     "DeleteCache": receiver_pb2.DeleteCacheRequest,
+    "PushCache": receiver_pb2.PushCacheRequest,
 }
 
 
@@ -37,13 +39,16 @@ def capabilities(**changed: Any) -> common_pb2.GetCapabilitiesResponse:
 
 
 @contextmanager
-def lying(**methods: Method) -> Iterator[str]:
+def lying(
+    *, address: str = "127.0.0.1:0", credentials: Credentials | None = None, **methods: Method
+) -> Iterator[str]:
     """The address of a sender and receiver that answers by these functions; generators make streams."""
     server = grpc.server(ThreadPoolExecutor(8))
     handlers = {}
     for name, function in methods.items():
-        kind = "unary_stream" if inspect.isgeneratorfunction(function) else "unary_unary"
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        asked = "stream" if name == "PushCache" else "unary"
+        answered = "stream" if inspect.isgeneratorfunction(function) else "unary"
+        make = getattr(grpc, f"{asked}_{answered}_rpc_method_handler")
         handlers[name] = make(
             function, _REQUESTS[name].FromString, lambda message: message.SerializeToString()
         )
@@ -54,7 +59,10 @@ def lying(**methods: Method) -> Iterator[str]:
     serving = health.HealthServicer()
     serving.set("", health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(serving, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    if credentials is None:
+        port = server.add_insecure_port(address)
+    else:
+        port = server.add_secure_port(address, credentials.server())
     server.start()
     try:
         yield f"127.0.0.1:{port}"

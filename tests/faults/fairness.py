@@ -29,8 +29,8 @@ from kvlink.transport.api import Ask, Fetch
 from kvlink.transport.certs import Member
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.credentials import Credentials
-from kvlink.v1 import wire_pb2
 from tests.command import CONTEXT, QUESTION, free_address
+from tests.forging import forged
 
 GREEDY = 50
 ROUNDS = 30
@@ -142,22 +142,6 @@ async def _row(
     return row
 
 
-def _renamed(frames: tuple[bytes, ...]) -> list[bytes]:
-    """The same transfer under an id of its own. Digests run over every frame: they are made again."""
-    from blake3 import blake3
-
-    digest, out = blake3(), []
-    for frame in map(wire_pb2.Frame.FromString, frames):
-        if frame.HasField("manifest"):
-            frame.manifest.transfer_id = secrets.token_bytes(16)
-        for end in ("segment_end", "end"):
-            if frame.HasField(end):
-                getattr(frame, end).digest = digest.digest()
-        out.append(frame.SerializeToString())
-        digest.update(out[-1])
-    return out
-
-
 async def _push(peer: ReceiverClient, frames: list[bytes], readers: tuple[str, ...]) -> str:
     cache_id = ""
     async for item in peer.push(frames, readers):
@@ -177,13 +161,13 @@ async def measure(rounds: int = ROUNDS) -> list[Row]:
 
         async def push() -> None:
             """And delete: that its own values fill its share is not what is measured."""
-            await peers.good.delete_cache(await _push(peers.good, _renamed(frames), ("anna",)))
+            await peers.good.delete_cache(await _push(peers.good, forged(frames), ("anna",)))
 
         async def hold() -> None:
             """Begin a transfer and leave it open, for as long as the receiver lets it be."""
             call = peers.evil._method("PushCache")(metadata=peers.evil._shown())
             try:
-                await call.write(_renamed(frames)[0])
+                await call.write(forged(frames)[0])
                 while await call.read() is not grpc.aio.EOF:
                     pass
             except (grpc.RpcError, asyncio.InvalidStateError):
@@ -197,7 +181,7 @@ async def measure(rounds: int = ROUNDS) -> list[Row]:
         async def still_answers() -> bool:
             return await _answer(peers.anna, Ask(first, QUESTION)) == expected
 
-        mallorys = await _push(peers.evil, _renamed(frames), ("mallory",))
+        mallorys = await _push(peers.evil, forged(frames), ("mallory",))
         rows = [
             await _row(
                 "generations",

@@ -138,7 +138,12 @@ def start(folder: Path) -> Network:
         for name in (*ALL, HONEST):
             _let(at / kind, name, every)
         _let(at / kind, LEAST, ["look"])
-    agents = {kind: _start(kind, addresses[kind], at / kind, folder / f"{kind}.log") for kind in KINDS}
+    agents = {
+        kind: begin(
+            kind, addresses[kind], folder / f"{kind}.log", "--credentials", str(at / kind), *OPTIONS[kind]
+        )
+        for kind in KINDS
+    }
     try:
         for one in agents.values():
             listening(one.process)
@@ -167,13 +172,14 @@ def _let(folder: Path, name: str, rights: list[str]) -> None:
     path.write_text(head + mark + "\n".join(lines))
 
 
-def _start(kind: str, address: str, credentials: Path, log: Path) -> Agent:
+def begin(kind: str, address: str, log: Path, *options: str) -> Agent:
+    """Start an agent with the embedded model, and do not wait until it listens. `log`: for its standard error."""
     out = log.open("wb")
     metrics = free_address()
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "kvlink", kind, "--listen", address, "--credentials", str(credentials),
-            "--metrics", metrics, "--log-level", "info", *OPTIONS[kind],
+            sys.executable, "-m", "kvlink", kind, "--listen", address, "--metrics", metrics, "--log-level", "info",
+            *options,
         ],
         stdout=subprocess.PIPE, stderr=out, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

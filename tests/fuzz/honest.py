@@ -188,7 +188,7 @@ class Honest:
             ],
             "CancelTransfer": [receiver_pb2.CancelTransferRequest(transfer_id=b"t" * 16)],
             "DeleteCache": [receiver_pb2.DeleteCacheRequest(cache_id="x")],
-            "PutProfile": _in_pieces(profile),
+            "PutProfile": in_pieces(profile),
             "PublishContext": [
                 sender_pb2.PublishContextRequest(text=text, lifetime_s=60),
                 sender_pb2.PublishContextRequest(text=text, readers=["anna"], earlier_turns=[turn]),
@@ -213,7 +213,8 @@ class Honest:
         }
 
 
-def _in_pieces(profile: bytes) -> list[receiver_pb2.PutProfileRequest]:
+def in_pieces(profile: bytes) -> list[receiver_pb2.PutProfileRequest]:
+    """The messages of a call that puts a profile."""
     digest, kind = blake3(profile).digest(length=16), receiver_pb2.PutProfileRequest
     start = receiver_pb2.PutProfileStart(digest=digest, total_bytes=len(profile))
     pieces = [profile[at : at + 200_000] for at in range(0, len(profile), 200_000)]
