@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -22,7 +23,7 @@ QUESTIONS = (
 )
 
 
-def loaded():
+def loaded() -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto"), AutoTokenizer.from_pretrained(MODEL)
 
 

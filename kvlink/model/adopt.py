@@ -86,16 +86,22 @@ def _require_shape(lm: LanguageModel, past_key_values: Any, cache: KVCache) -> N
                 f"layer {index}: a sliding window in the {'cache' if layer.sliding else 'model'} only; "
                 "a cache made with config=model.config has the right layers"
             )
+        read = held.cumulative_length if layer.sliding else layer.keys.shape[1]
+        if read != cache.tokens:
+            raise ContextError(
+                f"layer {index}: the cache is of {read} tokens, there are {cache.tokens} token ids"
+                + (
+                    "; generate has not read the last token that it made: leave it out"
+                    if cache.tokens - read == 1
+                    else ""
+                )
+            )
         count = windows.get(index, cache.tokens)
         found = (layer.keys.shape[0], layer.keys.shape[1], layer.keys.shape[2])
         if found != (expected.kv_heads, count, expected.head_size):
             raise ContextError(
-                f"layer {index}: {cache.tokens} token ids give {count} positions in {expected.kv_heads} heads of "
-                f"{expected.head_size} numbers; the cache has {found[1]} in {found[0]} of {found[2]}"
-            )
-        if layer.sliding and held.cumulative_length != cache.tokens:
-            raise ContextError(
-                f"layer {index}: {held.cumulative_length} tokens were read, there are {cache.tokens} ids"
+                f"layer {index}: the model has {count} positions in {expected.kv_heads} heads of "
+                f"{expected.head_size} numbers; the cache {found[1]} in {found[0]} of {found[2]}"
             )
         if {layer.keys.dtype, layer.values.dtype} != {lm.model.dtype}:
             raise ContextError(

@@ -211,15 +211,20 @@ class SyncSenderClient(SyncClient[SenderClient]):
     _kind = SenderClient
 
     def publish(
-        self, text: str, lifetime_s: int = 0, turns: Iterable[TurnLike] = (), readers: Sequence[str] = ()
+        self,
+        text: str,
+        lifetime_s: int = 0,
+        turns: Iterable[TurnLike] = (),
+        readers: Sequence[str] = (),
+        extends: str = "",
     ) -> Published:
-        return self._run(self._client.publish(text, lifetime_s, turns, readers))
+        return self._run(self._client.publish(text, lifetime_s, turns, readers, extends))
 
     def unpublish(self, context_id: str) -> None:
         self._run(self._client.unpublish(context_id))
 
-    def fetch(self, fetch: Fetch) -> Iterator[bytes]:
-        return self._each(self._client.fetch(fetch))
+    def fetch(self, fetch: Fetch, asked_by: str = "") -> Iterator[bytes]:
+        return self._each(self._client.fetch(fetch, asked_by))
 
     def deliver(self, delivery: Delivery) -> Iterator[Progress]:
         return self._each(self._client.deliver(delivery))

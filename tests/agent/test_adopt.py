@@ -151,6 +151,19 @@ def test_a_prompt_that_says_otherwise_is_refused(tiny, change, message):
         Receiver(tiny).receive(frames)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "gemma2-sliding"])
+def test_what_generate_has_read_and_written_is_a_context_too(random_lm, name):
+    lm = random_lm(name)
+    made = lm.model.generate(
+        torch.tensor([lm.context_ids(TEXT)]), max_new_tokens=6, do_sample=False, return_dict_in_generate=True
+    )
+    with pytest.raises(ContextError, match="has not read the last token that it made"):
+        Sender(lm).adopt(made.past_key_values, made.sequences)
+    context = Sender(lm).adopt(made.past_key_values, made.sequences[:, :-1])
+    again = Sender(lm).adopt(prefilled(lm, context.ids), context.ids)
+    assert Sender(lm).answer(context, QUESTION).token_ids == Sender(lm).answer(again, QUESTION).token_ids
+
+
 def test_ids_that_no_text_gives_have_no_text(tiny):
     ids = list(range(300, 340))
     sender = Sender(tiny)
@@ -201,8 +214,8 @@ def shifted(lm: LanguageModel, ids: list[int]) -> DynamicCache:
 
 
 WRONG = {
-    "one token fewer": (lambda lm, ids: prefilled(lm, ids[:-1]), ContextError, "token ids give"),
-    "one token more": (lambda lm, ids: prefilled(lm, [*ids, 7]), ContextError, "token ids give"),
+    "one token fewer": (lambda lm, ids: prefilled(lm, ids[:-1]), ContextError, "the cache is of .* tokens, there are"),
+    "one token more": (lambda lm, ids: prefilled(lm, [*ids, 7]), ContextError, "the cache is of .* tokens, there are"),
     "other ids": (lambda lm, ids: prefilled(lm, [*ids[:9], 7, *ids[10:]]), ContextError, "position 9"),
     "the same ids in another order": (lambda lm, ids: prefilled(lm, ids[::-1]), ContextError, "position"),
     "behind padding": (shifted, ContextError, "not this model's of these token ids"),
