@@ -107,6 +107,57 @@ def test_rooms_do_not_know_what_they_must_not(path):
             assert room in PROTOBUF_ROOMS
 
 
+WITHOUT_GRPC = ("agent", "wire", "compress", "model")
+"""Rooms from which no way leads to gRPC, however long."""
+
+
+def needed(name: str) -> set[str]:
+    """What importing a module of the package imports in the end, whenever a function does so; its own name too."""
+    found, rest = set[str](), [name]
+    while rest:
+        name = rest.pop()
+        path = module_file(name)
+        if name in found or path is None:
+            found.add(name)
+            continue
+        found.add(name)
+        if path != PACKAGE / "__init__.py":  # its exports are made when they are asked for
+            rest += imports(path)
+        rest += [name.rpartition(".")[0]] if "." in name else []
+    return found
+
+
+def module_file(name: str) -> Path | None:
+    """The file of a module of the package, None where the name is another's, or no module's."""
+    place = ROOT / Path(*name.split("."))
+    for path in (place.with_suffix(".py"), place / "__init__.py"):
+        if name.split(".")[0] == "kvlink" and path.is_file():
+            return path
+    return None
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in modules() if room_of(path) in WITHOUT_GRPC],
+    ids=lambda p: str(p.relative_to(PACKAGE)),
+)
+def test_no_way_leads_from_the_agents_to_grpc(path):
+    there = {
+        name for name in needed(name_of(path)) if name.split(".")[0] in ("grpc", "grpc_status", "grpc_health")
+    }
+    assert not there
+
+
+def test_nor_is_it_loaded_with_them():
+    rooms = [name_of(path) for path in modules() if room_of(path) == "agent"]
+    code = f"import sys, {', '.join(rooms)}; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_modules_say_what_they_are_for_and_stay_small(path):
     text = path.read_text(encoding="utf-8")

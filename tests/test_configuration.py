@@ -168,9 +168,7 @@ def test_every_setting_of_an_agent_is_an_option():
     for path, cls in ((("receiver",), ReceiverSettings), (("sender",), SenderSettings)):
         options = {s.parameter for s in settings_of(COMMANDS[path], path)}
         values = {f.name for f in dataclasses.fields(cls)}
-        assert values - options == (
-            {"credentials"} if cls is SenderSettings else set()
-        )  # "creds", the folder
+        assert values - options == {"credentials"}  # "creds", the folder
 
 
 def test_every_limit_of_a_session_is_a_setting_of_the_receiver():

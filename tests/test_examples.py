@@ -15,6 +15,7 @@ from kvlink.agent.receiver import Receiver
 from kvlink.agent.receiver_service import ReceiverService
 from kvlink.agent.sender import Sender
 from kvlink.agent.sender_service import SenderService
+from kvlink.transport.dial import to_receivers
 from kvlink.transport.server import Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +56,7 @@ def agents(tiny) -> Iterator[tuple[str, str]]:
 
     async def started() -> tuple[list[Server], list[int]]:
         made = [
-            Server("127.0.0.1:0", sender=SenderService(Sender(tiny))),
+            Server("127.0.0.1:0", sender=SenderService(Sender(tiny), dial=to_receivers())),
             Server("127.0.0.1:0", receiver=ReceiverService(Receiver(tiny))),
         ]
         return made, [await server.start() for server in made]

@@ -20,6 +20,7 @@ from kvlink.errors import ConfigError, RemoteProtocolError
 from kvlink.observe import JsonLines, Observer, current_parent
 from kvlink.transport.api import Ask, Delivery
 from kvlink.transport.client import ReceiverClient, SenderClient
+from kvlink.transport.dial import to_receivers
 from kvlink.transport.server import Server
 from tests.agent.conftest import QUESTION, TEXT
 from tests.command import free_address
@@ -53,7 +54,7 @@ def test_a_missing_extra_is_named(monkeypatch, options, module, extra):
 async def both(lm, sender_observer: Observer, receiver_observer: Observer):
     """Two agents that are observed; their servers and addresses."""
     receiver = ReceiverService(Receiver(lm), observer=receiver_observer)
-    sender = SenderService(Sender(lm), observer=sender_observer)
+    sender = SenderService(Sender(lm), observer=sender_observer, dial=to_receivers())
     servers = [Server("127.0.0.1:0", receiver=receiver), Server("127.0.0.1:0", sender=sender)]
     return servers, [f"127.0.0.1:{await server.start()}" for server in servers]
 

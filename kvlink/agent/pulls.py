@@ -15,9 +15,8 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from kvlink.agent.receiver import Held
 from kvlink.agent.settings import ReceiverSettings, allowed
@@ -26,6 +25,7 @@ from kvlink.errors import ConfigError, NotFoundError, RemoteProtocolError
 from kvlink.recipe import Recipe
 from kvlink.transport.api import Ask, Caller, Fetch, PushStatus
 from kvlink.transport.handle import Handle
+from kvlink.transport.link import DialSender
 
 _KNOWN = 1024
 """Handles that are remembered."""
@@ -33,14 +33,6 @@ _QUESTIONS = 256
 """Questions of a handle that are remembered to be answered from what is there."""
 
 
-class Source(Protocol):
-    """What is asked of a sender."""
-
-    def fetch(self, fetch: Fetch, asked_by: str = "") -> AsyncGenerator[bytes, None]: ...
-
-
-Dial = Callable[[str, Caller], AbstractAsyncContextManager[Source]]
-"""A connection to the sender at an address, for a caller."""
 Take = Callable[[AsyncIterator[bytes], Caller], AsyncGenerator[PushStatus, None]]
 """Takes a transfer."""
 
@@ -58,7 +50,9 @@ class _Pulled:
 class Pulls:
     """The handles that were redeemed here. For one event loop."""
 
-    def __init__(self, settings: ReceiverSettings, store: Store[Held], take: Take, dial: Dial | None) -> None:
+    def __init__(
+        self, settings: ReceiverSettings, store: Store[Held], take: Take, dial: DialSender | None
+    ) -> None:
         self._settings, self._store, self._take, self._dial = settings, store, take, dial
         self._known: OrderedDict[tuple[str, ...], _Pulled] = OrderedDict()
 

@@ -16,7 +16,7 @@ from blake3 import blake3
 from kvlink._release import RELEASE
 from kvlink.agent.admission import Gate
 from kvlink.agent.inbound import InboundTransfer, InboundTransfers
-from kvlink.agent.pulls import Dial, Pulls
+from kvlink.agent.pulls import Pulls
 from kvlink.agent.receiver import Held, Receiver
 from kvlink.agent.settings import ReceiverSettings
 from kvlink.agent.store import Store
@@ -35,6 +35,7 @@ from kvlink.model.generate import Step
 from kvlink.observe import Observer
 from kvlink.receipt import Capabilities
 from kvlink.transport.api import NOBODY, Ask, Caller, Piece, PushStatus
+from kvlink.transport.link import DialSender
 
 log = logging.getLogger("kvlink.receiver")
 
@@ -47,9 +48,9 @@ class ReceiverService:
         receiver: Receiver,
         settings: ReceiverSettings | None = None,
         observer: Observer | None = None,
-        dial: Dial | None = None,
+        dial: DialSender | None = None,
     ) -> None:
-        """`dial`: connections to senders whose handles are redeemed."""
+        """`dial`: links to senders whose handles are redeemed."""
         self._receiver = receiver
         self.settings = told = settings or ReceiverSettings()
         receiver.profiles.bound(told.max_profiles_bytes, told.max_peer_profiles_bytes)

@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from kvlink.defaults import CALL_S
 from kvlink.errors import (
     AccessError,
     BusyError,
+    ConfigError,
     InputError,
     KvlinkError,
     LimitError,
@@ -48,7 +49,7 @@ from kvlink.observe import Observer
 from kvlink.receipt import Capabilities
 from kvlink.recipe import AUTO, Recipe, Target
 from kvlink.transport.api import NOBODY, Caller, Delivery, Explanation, Fetch, Progress, Published, PushStatus
-from kvlink.transport.client import CONNECT_S, ReceiverClient
+from kvlink.transport.link import CONNECT_S, DialReceiver, PushLink
 from kvlink.transport.sockets import SocketCount
 from kvlink.wire.messages import TRANSFER_ID_BYTES
 
@@ -62,9 +63,14 @@ class SenderService:
     """Handles the calls of `SenderService` in the proto."""
 
     def __init__(
-        self, sender: Sender, settings: SenderSettings | None = None, observer: Observer | None = None
+        self,
+        sender: Sender,
+        settings: SenderSettings | None = None,
+        observer: Observer | None = None,
+        dial: DialReceiver | None = None,
     ) -> None:
-        self._sender = sender
+        """`dial`: links to receivers, for deliveries."""
+        self._sender, self._dial_receiver = sender, dial
         self.settings = told = settings or SenderSettings()
         self.observer = observer or Observer("sender")
         self.store: Store[Context] = Store(
@@ -351,12 +357,12 @@ class SenderService:
                 await peer.put_profile(profile.to_bytes())
             log.info("profile %s sent to %s", profile.digest.hex()[:12], address)
 
-    def _dial(self, address: str, caller: Caller, patience_s: float = 0.0) -> ReceiverClient:
-        """A client for a receiver, with the credentials meant for it."""
-        told = self.settings
-        return ReceiverClient(
-            address, told.credentials, insecure=told.insecure, trace=caller.trace, patience_s=patience_s
-        )
+    def _dial(
+        self, address: str, caller: Caller, patience_s: float = 0.0
+    ) -> AbstractAsyncContextManager[PushLink]:
+        if self._dial_receiver is None:
+            raise ConfigError(f"{address}: this sender dials nobody; it can be fetched from")
+        return self._dial_receiver(address, caller, patience_s)
 
     def _needed(self, recipe: Recipe) -> Needed:
         """What a transfer by a recipe needs, as far as it is known before its text is cut."""

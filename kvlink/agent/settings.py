@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from kvlink.bounds import TEXT
 from kvlink.errors import AccessError
@@ -19,8 +19,12 @@ from kvlink.transport.address import Address, check_advertised, check_pattern
 from kvlink.wire.lifecycle import Waits
 from kvlink.wire.session import Limits
 
-if TYPE_CHECKING:
-    from kvlink.transport.credentials import Credentials
+
+class Listed(Protocol):
+    """Whom an agent's credentials name as peers that it dials."""
+
+    def addresses(self) -> list[str]: ...
+
 
 LOOPBACK_PEERS = ("127.0.0.1:*", "localhost:*", "[::1]:*")
 
@@ -49,7 +53,7 @@ def setting(default: Any, help: str, *, least: float = 0, option: str = "") -> A
     return field(default=default, metadata={"about": About(help, least, option)})
 
 
-def allowed(text: str, peers: tuple[str, ...], credentials: Credentials | None) -> str:
+def allowed(text: str, peers: tuple[str, ...], credentials: Listed | None) -> str:
     """An address in its one spelling, if this agent may dial it: one of `peers`, where there are none those that
     the credentials list, or loopback without any. Raises ConfigError, AccessError."""
     address = Address.parse(text)
@@ -66,7 +70,7 @@ def allowed(text: str, peers: tuple[str, ...], credentials: Credentials | None) 
 class ReceiverSettings:
     """Bounds of a receiver agent. Lifetimes in seconds; 0 for one peer means half of what is for all.
 
-    `peers`, `insecure`, `credentials`: as of a sender, for the handles that it redeems.
+    `peers`, `credentials`: as of a sender, for the handles that it redeems.
     """
 
     max_held_bytes: int = setting(_MEMORY_BYTES, "Memory for held caches.", least=1)
@@ -114,8 +118,7 @@ class ReceiverSettings:
     peers: tuple[str, ...] = setting(
         (), "Sender whose handles are redeemed, as host:port with * for any letters; repeat.", option="peer"
     )
-    insecure: bool = False
-    credentials: Credentials | None = None
+    credentials: Listed | None = None
     default_recipe: str = setting(DEFAULT_RECIPE, "Recipe of a handle's transfer, of whoever names none.")
     advertised_address: str = setting("", _ADVERTISE_HELP, option="advertise")
 
@@ -139,7 +142,7 @@ class SenderSettings:
     """Bounds of a sender agent. Lifetimes in seconds; 0 for one peer means half of what is for all.
 
     `peers`: empty: those that the credentials list, or loopback where there are none.
-    `insecure`: dial off loopback without encryption. `credentials`: who this agent is.
+    `credentials`: whose list that is.
     """
 
     max_held_bytes: int = setting(_MEMORY_BYTES, "Memory for published contexts.", least=1)
@@ -155,8 +158,7 @@ class SenderSettings:
     peers: tuple[str, ...] = setting(
         (), "Receiver that may be dialled, as host:port with * for any letters; repeat.", option="peer"
     )
-    insecure: bool = False
-    credentials: Credentials | None = None
+    credentials: Listed | None = None
     default_recipe: str = setting(DEFAULT_RECIPE, "Recipe of whoever names none.")
     presses: bool = setting(
         False, "Let a caller's recipe name a class of kvpress, which imports it.", option="press"

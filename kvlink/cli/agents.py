@@ -59,10 +59,10 @@ def receiver(
     end_while_loading()
     set_up_log(log_level, log_format)
     proof = _proof(listen, creds, insecure)
-    settings = settings_from(ReceiverSettings, bounds, insecure=insecure, credentials=proof)
+    settings = settings_from(ReceiverSettings, bounds, credentials=proof)
     from kvlink.agent.receiver import Receiver
     from kvlink.agent.receiver_service import ReceiverService
-    from kvlink.transport.client import SenderClient
+    from kvlink.transport.dial import to_senders
 
     quiet()
 
@@ -73,7 +73,7 @@ def receiver(
             ),
             settings,
             observer,
-            lambda address, caller: SenderClient(address, proof, insecure=insecure, trace=caller.trace),
+            to_senders(proof, insecure=insecure),
         )
 
     _serve("receiver", listen, model, make, proof, insecure, metrics, trace_to, settings)
@@ -99,9 +99,10 @@ def sender(
     end_while_loading()
     set_up_log(log_level, log_format)
     proof = _proof(listen, creds, insecure)
-    settings = settings_from(SenderSettings, bounds, insecure=insecure, credentials=proof)
+    settings = settings_from(SenderSettings, bounds, credentials=proof)
     from kvlink.agent.sender import Sender
     from kvlink.agent.sender_service import SenderService
+    from kvlink.transport.dial import to_receivers
 
     quiet()
 
@@ -110,6 +111,7 @@ def sender(
             Sender(model, device=device, dtype=dtype, attention=attention, template_options=template_options),
             settings,
             observer,
+            to_receivers(proof, insecure=insecure),
         )
 
     _serve("sender", listen, model, make, proof, insecure, metrics, trace_to, settings)

@@ -30,6 +30,7 @@ from kvlink.transport import convert
 from kvlink.transport.address import Address
 from kvlink.transport.calls import ASKED_BY, READERS
 from kvlink.transport.credentials import Credentials, Dial
+from kvlink.transport.link import CONNECT_S
 from kvlink.transport.reach import listening, refusal
 from kvlink.transport.sockets import SocketCount, connections
 from kvlink.transport.status import from_rpc_error
@@ -49,7 +50,6 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
-CONNECT_S = 10.0
 QUICK_S = 20.0
 """The deadline of calls that do no work."""
 QUIET_S = 6.5

@@ -21,7 +21,6 @@ from kvlink.errors import KvlinkError, PeerUnavailableError, RemoteProtocolError
 from kvlink.payload import TurnLike, turns_from
 from kvlink.transport import convert
 from kvlink.transport.api import Ask, Delivery, Fetch, FrameSource, Piece, Progress, Published, PushStatus
-from kvlink.transport.channel import CONNECT_S as CONNECT_S
 from kvlink.transport.channel import QUICK_S, Client, error_of
 from kvlink.transport.expected import Answered, Delivering, Pushing
 from kvlink.v1 import receiver_pb2, sender_pb2, wire_pb2

@@ -1,12 +1,85 @@
-"""A link carries the frames of a transfer, and adds bytes of its own.
+"""A link: what carries the frames of a transfer to an agent, or from one.
 
-Does not know: how a link is made, what a frame says. Place on the path: under the agents, above gRPC.
+    push(frames) ─▶ statuses        PushLink, to a receiver
+    pull(request) ─▶ frames         PullLink, from a sender
+
+gRPC's clients are links, a handler in this process is one (`transport.memory`), a `.kvl` file another
+(`transport.file`). An agent that delivers is given what makes links, and knows none of them.
+
+Does not know: models, what a frame says. Place on the path: under the agents, above what carries.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from kvlink.receipt import Capabilities
+from kvlink.transport.api import Caller, Fetch, FrameSource, PushStatus
+from kvlink.transport.sockets import SocketCount
+
+
+class PushLink(Protocol):
+    """A way to one receiver."""
+
+    async def capabilities(self) -> Capabilities: ...
+
+    def push(
+        self,
+        frames: Sequence[bytes] | FrameSource,
+        readers: Sequence[str] = (),
+        timeout_s: float = 0.0,
+        asked_by: str = "",
+        *,
+        fresh: bool = False,
+    ) -> AsyncGenerator[PushStatus | int, None]:
+        """Carry a transfer; the receiver's statuses, and numbers of frames as they leave.
+
+        No frame but the first leaves before the receiver has accepted, and none that it has. `readers`: peers
+        that may use the cache beside this one; `asked_by`: one that may remove it too. `fresh`: nothing of
+        this transfer was ever sent. Raises TransportError where the link breaks: pushed again it goes on; what the
+        receiver raises; RemoteProtocolError where it says what cannot be.
+        """
+        ...
+
+    async def put_profile(self, data: bytes) -> bytes: ...
+    async def cancel(self, transfer_id: bytes) -> None: ...
+
+    def socket_count(self) -> SocketCount | None:
+        """What the kernel counted on the link's own connection; None where there is none, or nobody can tell."""
+        ...
+
+
+class PullLink(Protocol):
+    """A way to one sender."""
+
+    async def capabilities(self) -> Capabilities: ...
+
+    def fetch(self, fetch: Fetch, asked_by: str = "") -> AsyncGenerator[bytes, None]:
+        """The frames of a published context, each checked as a receiver would before it is handed out.
+
+        `asked_by`: for whom it is, who must be allowed to use the context too.
+        """
+        ...
+
+
+class DialReceiver(Protocol):
+    """Makes links to receivers."""
+
+    def __call__(
+        self, address: str, caller: Caller, patience_s: float = 0.0
+    ) -> AbstractAsyncContextManager[PushLink]:
+        """A link on behalf of `caller`. `patience_s`: so long a receiver that refuses is taken to be on its way up."""
+        ...
+
+
+DialSender = Callable[[str, Caller], AbstractAsyncContextManager[PullLink]]
+"""Makes a link to the sender at an address, on behalf of a caller."""
+
+CONNECT_S = 10.0
+"""Seconds in which a link is made, or is not."""
 
 
 def grpc_bytes(frame_bytes: Sequence[int]) -> int:

@@ -16,6 +16,7 @@ from kvlink.agent.settings import ReceiverSettings, SenderSettings
 from kvlink.errors import TruncatedError
 from kvlink.transport.api import Ask, Delivery, Progress, PushStatus
 from kvlink.transport.client import ReceiverClient, SenderClient
+from kvlink.transport.dial import to_receivers
 from kvlink.transport.server import Server
 
 TEXT = (
@@ -60,7 +61,7 @@ def receiver_settings() -> ReceiverSettings:
 async def pair(random_lm, receiver_settings) -> AsyncIterator[Pair]:
     lm = random_lm("qwen2", "bfloat16")
     receiver = ReceiverService(Receiver(lm), receiver_settings)
-    sender = SenderService(Sender(lm), SenderSettings(retry_pause_s=0.05))
+    sender = SenderService(Sender(lm), SenderSettings(retry_pause_s=0.05), dial=to_receivers())
     servers = [Server("127.0.0.1:0", receiver=receiver), Server("127.0.0.1:0", sender=sender)]
     ports = [await server.start() for server in servers]
     async with (

@@ -27,6 +27,7 @@ from kvlink.recipe import DEFAULT_RECIPE, Recipe, Target
 from kvlink.show import receipt_dict
 from kvlink.transport.api import Caller, Delivery
 from kvlink.transport.client import ReceiverClient, SenderClient
+from kvlink.transport.dial import to_receivers
 from kvlink.transport.server import Server
 
 ITEM = next(item for item in generated(21) if item.answers[0].count(" ") == 1)
@@ -282,7 +283,7 @@ async def strangers(tiny):
     receiver = ReceiverService(Receiver(replace(tiny, profile=None)))
     servers = [
         Server("127.0.0.1:0", receiver=receiver),
-        Server("127.0.0.1:0", sender=SenderService(Sender(tiny))),
+        Server("127.0.0.1:0", sender=SenderService(Sender(tiny), dial=to_receivers())),
     ]
     ports = [await server.start() for server in servers]
     async with (

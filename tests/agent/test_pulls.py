@@ -16,6 +16,7 @@ from kvlink.errors import AccessError, ConfigError, KvlinkError, LimitError, Not
 from kvlink.recipe import Target
 from kvlink.transport.api import Ask, Caller, Fetch
 from kvlink.transport.client import ReceiverClient, SenderClient
+from kvlink.transport.dial import to_receivers
 from kvlink.transport.server import Server
 from tests.agent.conftest import QUESTION, TEXT
 
@@ -27,7 +28,7 @@ class Agents:
 
     def __init__(self, lm, settings: ReceiverSettings) -> None:
         self.fetches: list[Fetch] = []
-        self.sender = SenderService(Sender(lm), SenderSettings())
+        self.sender = SenderService(Sender(lm), SenderSettings(), dial=to_receivers())
         self.receiver = ReceiverService(Receiver(lm), settings, dial=lambda at, _: SenderClient(at))
         fetch_cache = self.sender.fetch_cache
 

@@ -31,6 +31,7 @@ from kvlink.model.loading import LanguageModel, load
 from kvlink.profile import MEMORY_PER_BYTE, Profile, make_side
 from kvlink.transport.api import Caller, Delivery
 from kvlink.transport.client import ReceiverClient, SenderClient
+from kvlink.transport.dial import to_receivers
 from kvlink.transport.server import Server
 from kvlink.transport.status import from_rpc_error
 from kvlink.v1 import receiver_pb2
@@ -66,7 +67,7 @@ async def test_one_of_60_megabytes_travels_ahead_of_the_transfer_that_names_it(w
     data = large.to_bytes()
     assert len(data) > LARGE_BYTES
     receiver = ReceiverService(Receiver(replace(wide, profile=None)))
-    sender = SenderService(Sender(replace(wide, profile=large)), SenderSettings())
+    sender = SenderService(Sender(replace(wide, profile=large)), SenderSettings(), dial=to_receivers())
     servers = [Server("127.0.0.1:0", receiver=receiver), Server("127.0.0.1:0", sender=sender)]
     ports = [await server.start() for server in servers]
     async with SenderClient(f"127.0.0.1:{ports[1]}") as source:

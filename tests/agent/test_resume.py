@@ -27,6 +27,7 @@ from kvlink.errors import (
 )
 from kvlink.transport.api import Ask, Delivery, Fetch, PushStatus
 from kvlink.transport.client import ReceiverClient, SenderClient
+from kvlink.transport.dial import to_receivers
 from kvlink.transport.server import Server
 from tests.agent.conftest import QUESTION, TEXT, answer, feed
 from tests.limits import HANGS_S
@@ -306,7 +307,7 @@ async def test_a_delivery_goes_on_after_a_restart_of_the_sender_without_packing_
     receiver = ReceiverService(Receiver(sender.lm))
     target, target_port = await serve({"receiver": receiver})
     settings = SenderSettings(staging=tmp_path / "out", attempts=1)
-    first = SenderService(sender, settings)
+    first = SenderService(sender, settings, dial=to_receivers())
     async with relay(target_port, cut_after=60_000, cut_always=True, rate_bps=3e6) as wire:
         delivery = Delivery(f"127.0.0.1:{wire.port}", QUESTION, "raw", text=TEXT, delivery_id=ID)
         with pytest.raises(PeerUnavailableError):
@@ -314,7 +315,7 @@ async def test_a_delivery_goes_on_after_a_restart_of_the_sender_without_packing_
         assert (await receiver.transfer_status(ID)).next_sequence > 5
         wire._cut_after = 0
         begun = len(wire.seen)
-        second = SenderService(Sender(sender.lm, chunk_bytes=4096), settings)
+        second = SenderService(Sender(sender.lm, chunk_bytes=4096), settings, dial=to_receivers())
         second._sender.pack = None  # type: ignore[assignment,method-assign]
         last = [p async for p in second.deliver_cache(delivery)][-1]
         assert last.done
@@ -329,12 +330,12 @@ async def test_a_sender_whose_staged_file_is_damaged_packs_again(sender, tmp_pat
     target, port = await serve({"receiver": receiver})
     settings = SenderSettings(staging=tmp_path)
     delivery = Delivery(f"127.0.0.1:{port}", QUESTION, "raw", text=TEXT, delivery_id=ID)
-    [p async for p in SenderService(sender, settings).deliver_cache(delivery)]
+    [p async for p in SenderService(sender, settings, dial=to_receivers()).deliver_cache(delivery)]
     (file,) = tmp_path.glob("*.kvl")
     data = bytearray(file.read_bytes())
     data[-5000] ^= 1
     file.write_bytes(data)
-    second = SenderService(sender, settings)
+    second = SenderService(sender, settings, dial=to_receivers())
     last = [p async for p in second.deliver_cache(delivery)][-1]
     assert last.done
     assert await answer(receiver, last.cache_id)

@@ -33,6 +33,7 @@ from kvlink.transport.api import Ask, Caller, Delivery, Fetch
 from kvlink.transport.certs import Member
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.credentials import Credentials
+from kvlink.transport.dial import to_receivers
 from kvlink.transport.reach import expires_in_s
 from kvlink.transport.server import Server
 from kvlink.v1 import common_pb2, receiver_pb2, receiver_pb2_grpc, sender_pb2
@@ -80,7 +81,7 @@ async def network(random_lm, tmp_path) -> AsyncIterator[Network]:
     certs.begin(folder, [*members, Member("anna", "client"), Member("bert", "client")])
     receiver = ReceiverService(Receiver(lm))
     settings = SenderSettings(credentials=Credentials(folder / "writer"))
-    sender = SenderService(Sender(lm), settings)
+    sender = SenderService(Sender(lm), settings, dial=to_receivers(settings.credentials))
     servers = [
         Server(receiver_at, receiver=receiver, credentials=Credentials(folder / "reader")),
         Server(sender_at, sender=sender, credentials=Credentials(folder / "writer")),

@@ -18,6 +18,7 @@ from kvlink.agent.sender_service import SenderService
 from kvlink.errors import ContextError, LocalProtocolError, NotFoundError
 from kvlink.transport.api import Ask, Delivery, Fetch
 from kvlink.transport.client import ReceiverClient, SenderClient
+from kvlink.transport.dial import to_receivers
 from kvlink.transport.server import Server
 from kvlink.transport.sync import SyncReceiverClient, SyncSenderClient
 
@@ -42,7 +43,7 @@ def addresses(tiny) -> Iterator[tuple[str, str]]:
 
     async def started() -> tuple[list[Server], list[int]]:
         made = [
-            Server("127.0.0.1:0", sender=SenderService(Sender(tiny))),
+            Server("127.0.0.1:0", sender=SenderService(Sender(tiny), dial=to_receivers())),
             Server("127.0.0.1:0", receiver=ReceiverService(Receiver(tiny))),
         ]
         return made, [await server.start() for server in made]
