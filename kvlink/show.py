@@ -127,6 +127,7 @@ _COLUMNS: dict[str, tuple[str, str]] = {
     "logit_error": ("logit error", "{:.1e}"),
     "wire_bytes": ("bytes", "{:,.0f}"),
     "bits_per_element": ("bits/element", "{:.2f}"),
+    "of_first": ("of the first", "{:.1%}"),
     "total_bytes": ("with TCP/IP", "{:,.0f}"),
     "total_formula": ("formula", "{:,.0f}"),
     "difference": ("difference", "{:+.1%}"),
@@ -141,6 +142,9 @@ _COLUMNS: dict[str, tuple[str, str]] = {
 _SHOWN = {
     "spectrum": ("layer", "side", "energy_top5"),
     "masking": ("mode", "recipe", "f1", "agreement", "kl_mean", "logit_error"),
+    "second": (
+        "recipe", "mode", "f1", "share_of_full", "agreement", "kl_mean", "wire_bytes", "bits_per_element", "of_first",
+    ),
     "transfer": ("recipe", "agreement", "kl_mean", "wire_bytes", "bits_per_element"),
     "overhead": (
         "recipe", "context_tokens", "chunk_bytes", "wire_bytes", "bits_per_element", "total_bytes",

@@ -88,13 +88,27 @@ class Bench:
                 out[case.key] = self._masked(room, recipe, case)
             else:
                 packed = packed or self._transfer(room, recipe)
-                out[case.key] = self._answered(room, case, recipe, *packed)
+                pair = packed if case.kind == "answer" else self._second(room, case, recipe, *packed)
+                found = self._answered(room, case, recipe, *pair)
+                if case.kind != "answer":
+                    more = {"of_first": found.wire_bytes / packed[0].receipt.wire_bytes}
+                    found = replace(found, more={**found.more, **more})
+                out[case.key] = found
         return out
 
     def _transfer(self, room: _Room, recipe: Recipe) -> tuple[Transfer, Held]:
         look = self._look(room, recipe) if recipe.mode == "kv" else None
         transfer = self._sender.pack(room.context, room.item.question, recipe, look=look)
         return transfer, self._receiver.receive(transfer.frames)
+
+    def _second(
+        self, room: _Room, case: Case, recipe: Recipe, first: Transfer, held: Held
+    ) -> tuple[Transfer, Held]:
+        """A transfer for the question of the case: whole, or what the first one lacks."""
+        base = bytes.fromhex(first.receipt.cache_digest) if case.kind == "added" else b""
+        question = self._reference(room, case.shift).query.question
+        transfer = self._sender.pack(room.context, question, recipe, base=base)
+        return transfer, self._receiver.receive(transfer.frames, base=held)
 
     def _look(self, room: _Room, recipe: Recipe) -> Look:
         """Evidence of a method, captured once a context. The choice is made for the item's question."""

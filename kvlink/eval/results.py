@@ -42,6 +42,8 @@ def _sum_up(record: Record, case: Case) -> Row | None:
     row = summarise(case.recipe, found, shift=case.shift, **known)
     if case.kind != "spectrum":
         row = replace(row, more={**row.more, "variant": header.get("variant", "plain")})
+    if case.kind in ("whole", "added"):
+        return replace(row, mode=case.kind)
     if case.kind == "answer":
         return row
     # Nothing travels: there are no bytes and no time to speak of.

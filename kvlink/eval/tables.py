@@ -15,7 +15,7 @@ from kvlink.errors import ConfigError
 from kvlink.eval.items import SHIFTS, Shift
 from kvlink.recipe import Recipe
 
-Kind = Literal["answer", "masked", "spectrum"]
+Kind = Literal["answer", "whole", "added", "masked", "spectrum"]
 
 SELECTIONS = ("q2c", "q2c+draft", "snapkv", "snapkv+question", "h2o", "streaming", "random")
 RETENTIONS = (0.75, 0.5, 0.25, 0.1)
@@ -44,9 +44,9 @@ RATE_TIERS = tuple(
 class Case:
     """One thing to measure on every question.
 
-    `kind`: `answer` sends the cache by the recipe and answers the question of that `shift`; `masked`
-    hides the dropped positions in the full cache instead, `zeroed` or not; `spectrum` looks at the
-    singular values of the full cache.
+    `kind`: `answer` sends the cache by the recipe and answers the question of that `shift`; `whole` sends it
+    anew for that question, `added` what the first transfer lacks for it; `masked` hides the dropped positions
+    in the full cache instead, `zeroed` or not; `spectrum` looks at the singular values of the full cache.
     """
 
     recipe: str
@@ -110,6 +110,17 @@ def _spectrum(methods: Sequence[str]) -> list[Case]:
     return [Case("raw", kind="spectrum")]
 
 
+SECOND = (
+    "q2c+draft@0.25 transform=0.5 rest=2", "q2c+draft@0.25 transform=0.5", "q2c+draft@0.25 int4",
+    "q2c+draft@0.25 int4 scope=head",
+)  # fmt: skip
+
+
+def _second(methods: Sequence[str]) -> list[Case]:
+    kinds: tuple[Kind, ...] = ("answer", "whole", "added")
+    return [Case(recipe, "unrelated", kind) for recipe in SECOND for kind in kinds]
+
+
 def _rate(methods: Sequence[str]) -> list[Case]:
     chosen = [*RATE_CODECS, *RATE_SELECTED]
     cases = [Case(recipe, shift) for recipe in (*chosen, *RATE_TIERS) for shift in ("same", "paraphrase")]
@@ -128,8 +139,9 @@ _MAKERS = {
     "methods": _methods,
     "masking": _masking,
     "rate": _rate,
+    "second": _second,
 }
-QUESTION_TABLES = tuple(name for name in _MAKERS if name != "rate")
+QUESTION_TABLES = tuple(name for name in _MAKERS if name not in ("rate", "second"))
 TABLES = (*_MAKERS, "overhead", "all")
 
 
