@@ -17,7 +17,8 @@ PACKAGE = ROOT / "kvlink"
 
 LEVELS = {
     "_release": 0, "bounds": 0, "defaults": 0, "errors": 0, "files": 0, "observe": 0, "quoting": 0, "codecs": 0,
-    "recipe": 0, "payload": 0, "receipt": 0, "cache": 0, "sketch": 0, "profile": 0, "texts": 0, "tracing": 0, "v1": 0,
+    "recipe": 0, "selection": 0, "payload": 0,
+    "receipt": 0, "cache": 0, "sketch": 0, "profile": 0, "texts": 0, "tracing": 0, "v1": 0,
     "compress": 1, "wire": 1,
     "model": 2, "transport": 2, "plan": 2,
     "agent": 3,
@@ -33,6 +34,8 @@ SAME_LEVEL = {
     ("codecs", "payload"),
     ("codecs", "errors"),
     ("recipe", "codecs"),
+    ("recipe", "selection"),
+    ("selection", "codecs"),
     ("payload", "errors"),
     ("profile", "payload"),
     ("receipt", "sketch"),
@@ -47,6 +50,7 @@ FORBIDDEN = {
     "errors": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
     "codecs": {"torch", "grpc", "google", "asyncio", "transformers", "numpy", "kvlink.recipe"},
     "recipe": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
+    "selection": {"torch", "grpc", "google", "asyncio", "transformers", "numpy", "kvlink.recipe"},
     "payload": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
     "receipt": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},
     "sketch": {"torch", "grpc", "google", "asyncio", "transformers", "numpy"},

@@ -23,7 +23,8 @@ from kvlink.codecs import (
     codec_from,
 )
 from kvlink.errors import RecipeError
-from kvlink.recipe import AUTO, METHODS, PRESETS, Amount, Recipe, Selection
+from kvlink.recipe import AUTO, PRESETS, Recipe
+from kvlink.selection import NAMED, Amount, Selection
 from kvlink.transport.api import Delivery, Fetch
 
 ratios = st.floats(0.001, 1.0)
@@ -48,7 +49,7 @@ def quantizers(draw, lossless: bool = True):
 def recipes(draw):
     if draw(st.integers(0, 9)) == 0:
         return Recipe(mode="text")
-    method = draw(st.sampled_from(METHODS))
+    method = draw(st.sampled_from(NAMED))
     selection = Selection()
     if method != "all":
         when = draw(st.sampled_from(["after", "during"]))

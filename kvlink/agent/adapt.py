@@ -24,7 +24,8 @@ from kvlink.agent.uses import require_usable
 from kvlink.codecs import STEP_CODES, Transform
 from kvlink.errors import DeadlineError, LimitError, RecipeError
 from kvlink.profile import Profile
-from kvlink.recipe import PLAIN_RECIPE, Amount, Recipe, Selection, Target
+from kvlink.recipe import PLAIN_RECIPE, Recipe, Target
+from kvlink.selection import Amount, Selection
 
 if TYPE_CHECKING:
     from kvlink.agent.plan import Delivered

@@ -44,7 +44,8 @@ from kvlink.model.prefill import prefill, prefill_more, read_context, read_press
 from kvlink.model.restore import cache_shape
 from kvlink.payload import Prompt, TurnLike, turns_from
 from kvlink.receipt import Certificate, Receipt
-from kvlink.recipe import AUTO, DEFAULT_RECIPE, Amount, Recipe, Selection, Target
+from kvlink.recipe import AUTO, DEFAULT_RECIPE, Recipe, Target
+from kvlink.selection import Amount, Selection
 from kvlink.transport.api import Explanation
 from kvlink.wire.layout import kept_share, kept_tokens
 from kvlink.wire.messages import TRANSFER_ID_BYTES, Manifest

@@ -8,8 +8,8 @@ A codec is a frozen value that owns its words in a recipe, the sizes of the part
 next finer codec. Its fields have the names of its protobuf message, so that the wire needs no code of
 its own for it. The arithmetic is in `compress.codecs`, under the same name.
 
-To add one: a module here, its line in `CODECS`, its message in the proto's `Codec`, and a module
-of the same name in `compress/codecs` with its line in the table there.
+To add one: a module here, its line in `CODECS`, its message in the proto's `Codec`, and a module of the name in
+`CODECS` in `compress/codecs`.
 
 Does not know: tensors, models, the wire. Place on the path: ground floor; recipes hold one.
 """

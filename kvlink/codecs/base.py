@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
+from kvlink.bounds import Rule
 from kvlink.errors import RecipeError
 
 PartKind = Literal["map", "scales", "codes", "text"]
@@ -32,6 +33,8 @@ class Codec(ABC):
     """The word of a recipe that asks for this codec, '' for the one that is taken without."""
     OPTIONS: ClassVar[frozenset[str]]
     """The words that it reads."""
+    FIELDS: ClassVar[Mapping[str, Rule]]
+    """The rule of each field of its protobuf message."""
 
     @classmethod
     @abstractmethod

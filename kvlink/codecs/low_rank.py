@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from kvlink.bounds import Inner, Rule, Whole
 from kvlink.codecs.base import Codec, PartSize, Side, require_between, whole_number
 from kvlink.codecs.quantized import Quantized, Quantizer
 from kvlink.errors import RecipeError
@@ -26,6 +27,7 @@ class LowRank(Codec):
 
     CLAIM: ClassVar[str] = "svd"
     OPTIONS: ClassVar[frozenset[str]] = Quantized.OPTIONS | {"svd"}
+    FIELDS: ClassVar[Mapping[str, Rule]] = {"rank": Whole(1, 65_536), "factors": Inner()}
 
     def __post_init__(self) -> None:
         require_between("svd", self.rank, 1, 65536)

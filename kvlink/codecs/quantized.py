@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from kvlink.bounds import LAYERS, Inner, Many, Rule
 from kvlink.codecs.base import Codec, PartSize, Side, require_between, require_one_of, whole_number
 from kvlink.errors import RecipeError
 
@@ -131,6 +132,11 @@ class Quantized(Codec):
 
     CLAIM: ClassVar[str] = ""
     OPTIONS: ClassVar[frozenset[str]] = frozenset({"quantizer", "keys", "values", "layers"})
+    FIELDS: ClassVar[Mapping[str, Rule]] = {
+        "keys": Inner(),
+        "values": Inner(),
+        "overrides": Many(LAYERS.most),
+    }
 
     def __post_init__(self) -> None:
         layers = [override.layer for override in self.overrides]

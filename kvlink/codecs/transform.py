@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from kvlink.bounds import Rule, Whole, Words
 from kvlink.codecs.base import (
     AUTO_CALIBRATION,
     NO_CALIBRATION,
@@ -46,6 +47,10 @@ class Transform(Codec):
 
     CLAIM: ClassVar[str] = "transform"
     OPTIONS: ClassVar[frozenset[str]] = frozenset({"transform", "basis"})
+    FIELDS: ClassVar[Mapping[str, Rule]] = {
+        "step_code": Whole(*STEP_CODES),
+        "basis": Words(32, r"(own|[0-9a-f]{32})?", "own, 32 hex digits or none"),
+    }
 
     def __post_init__(self) -> None:
         if self.basis not in (AUTO_CALIBRATION, NO_CALIBRATION) and not re.fullmatch(

@@ -1,7 +1,7 @@
 """Which positions of a context the receiver needs: the methods side by side.
 
-Each method turns `Evidence` into scores `[L, Hkv, T]`; `choose_positions` turns scores into
-positions by the same rules for all of them. What a method sees is written at its name.
+A method's module in `compress.selections` turns `Evidence` into scores `[L, Hkv, T]`; `choose_positions` turns
+scores into positions by the same rules for all of them.
 
 Does not know: models, quantizers, the wire. Place on the path: between prefill and quantize.
 """
@@ -9,30 +9,18 @@ Does not know: models, quantizers, the wire. Place on the path: between prefill 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kvlink.cache import Evidence
-from kvlink.errors import RecipeError
+from kvlink.compress.selections import scorer
+from kvlink.compress.selections.base import kept_count
 from kvlink.payload import CacheShape
-from kvlink.recipe import Selection
+from kvlink.selection import METHODS, Selection
 
 TIERS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """Shares of the kept positions that are there after each tier, where positions come in order of importance."""
-
-_NEEDS: dict[str, frozenset[str]] = {
-    "all": frozenset(),
-    "q2c": frozenset({"question"}),
-    "q2c+draft": frozenset({"question", "draft"}),
-    "snapkv": frozenset({"window"}),
-    "snapkv+question": frozenset({"asked_window"}),
-    "h2o": frozenset({"mass"}),
-    "streaming": frozenset(),
-    "random": frozenset(),
-    "press": frozenset({"press"}),
-}
 
 SEES: dict[str, str] = {
     "question": "context and question",
@@ -47,29 +35,13 @@ SEES: dict[str, str] = {
 
 def needs(method: str) -> frozenset[str]:
     """The evidence that a method sees, by the field names of `Evidence`; it is given no other."""
-    return _NEEDS[method]
+    return METHODS[method]
 
 
 def sees(method: str) -> str:
     """What a method looks at before it chooses, in words."""
     found = [SEES[need] for need in sorted(needs(method), reverse=True)]
     return ", ".join(found) if found else "nothing"
-
-
-def kept_count(selection: Selection, tokens: int) -> int:
-    """K for a ratio or count: rounded up, at least the sinks and the recent tokens, at most T.
-
-    The one place where an amount becomes a number of tokens. Amounts that need scores (mass) or
-    sizes (bytes) are settled before, by `mass_count` and by the codec.
-    """
-    amount = selection.amount
-    if amount.unit == "ratio":
-        wanted = math.ceil(amount.value * tokens - 1e-9)
-    elif amount.unit == "count":
-        wanted = int(amount.value)
-    else:
-        raise RecipeError(f"retention by {amount.unit} must be settled before positions are counted")
-    return min(tokens, max(wanted, 1, min(tokens, selection.sinks + selection.recent)))
 
 
 def mass_count(scores: Tensor, share: float, always: Tensor) -> int:
@@ -87,123 +59,12 @@ def mass_count(scores: Tensor, share: float, always: Tensor) -> int:
     return min(scores.shape[1], forced + int(needed.max()))
 
 
-def _pool(scores: Tensor, width: int) -> Tensor:
-    """Average over `width` neighbouring tokens; at the ends over those that exist."""
-    if width == 1:
-        return scores
-    flat = scores.reshape(-1, 1, scores.shape[-1])
-    pooled = torch.nn.functional.avg_pool1d(
-        flat, width, stride=1, padding=width // 2, count_include_pad=False
-    )
-    return pooled.reshape(scores.shape)
-
-
-def _normalise(scores: Tensor, sinks: int) -> Tensor:
-    """Every layer and head votes with mass 1 over the positions that are not sinks."""
-    scores = scores.clone()
-    scores[..., :sinks] = 0
-    return scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
-
-
-def _q2c(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tensor:
-    """Question-to-context attention. Sees the context and the question."""
-    question = _needed(evidence.question, "question")
-    return _pool(_normalise(question, selection.sinks), selection.pool)
-
-
-def _q2c_draft(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tensor:
-    """q2c, with the tokens of the sender's own short answer voting beside the question's.
-
-    Sees the context, the question and the draft. Each token has one vote.
-    """
-    question, draft = _needed(evidence.question, "question"), _needed(evidence.draft, "draft")
-    asked, drafted = evidence.question_tokens, evidence.draft_tokens
-    votes = (question * asked + draft * drafted) / max(1, asked + drafted)
-    return _pool(_normalise(votes, selection.sinks), selection.pool)
-
-
-def _snapkv(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tensor:
-    """Attention of the last W context tokens, pooled; the window itself is kept.
-
-    Sees the context only, so one choice serves every question. Source: arXiv 2404.14469.
-    Differs: avg-pool (the paper's text says pooling, its code offers both). The window is a
-    quarter of a context that is shorter than four windows, and at most half of what is kept.
-    """
-    window = _needed(evidence.window, "window")
-    return _observed(window, evidence.window_tokens, selection, shape)
-
-
-def _snapkv_question(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tensor:
-    """snapkv as its paper runs it: the window is the end of the whole prompt, the question included.
-
-    Sees the context and the question. Source: arXiv 2404.14469.
-    """
-    window = _needed(evidence.asked_window, "asked_window")
-    return _observed(window, evidence.asked_window_tokens, selection, shape)
-
-
-def _observed(window: Tensor, kept: int, selection: Selection, shape: CacheShape) -> Tensor:
-    """Pooled attention of an observation window; its own `kept` context tokens come first."""
-    scores = _pool(_normalise(window, selection.sinks), selection.pool)
-    if selection.amount.unit in ("ratio", "count"):
-        kept = min(kept, kept_count(selection, shape.tokens) // 2)
-    if kept:
-        scores[..., -kept:] = 2.0  # above any share of a mass of 1
-    return scores
-
-
-def _h2o(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tensor:
-    """Half heavy hitters by accumulated attention, half recent tokens.
-
-    Sees the context only. Source: arXiv 2306.14048 (its defaults split the budget evenly).
-    """
-    scores = _needed(evidence.mass, "mass")
-    scores = scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
-    if selection.amount.unit in ("ratio", "count"):
-        recent = kept_count(selection, shape.tokens) // 2
-        if recent:
-            scores[..., -recent:] = 2.0
-    return scores
-
-
-def _streaming(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tensor:
-    """Sinks and the most recent tokens. Sees nothing. Source: arXiv 2309.17453."""
-    ramp = torch.arange(1, shape.tokens + 1, dtype=torch.float32) / shape.tokens
-    return ramp.expand(shape.layers, shape.kv_heads, -1)
-
-
-def _random(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tensor:
-    """Uniform, from `seed`: the floor that any method has to beat. Sees nothing."""
-    generator = torch.Generator().manual_seed(selection.seed)
-    if selection.scope == "shared":
-        one = torch.rand(shape.tokens, generator=generator)
-        return one.expand(shape.layers, shape.kv_heads, -1)
-    return torch.rand((shape.layers, shape.kv_heads, shape.tokens), generator=generator)
-
-
-def _press(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tensor:
-    """The scores of a kvpress ScorerPress as they are. Sees the context only."""
-    return _needed(evidence.press, "press")
-
-
-SCORERS: dict[str, Callable[[Evidence, Selection, CacheShape], Tensor]] = {
-    "q2c": _q2c,
-    "q2c+draft": _q2c_draft,
-    "snapkv": _snapkv,
-    "snapkv+question": _snapkv_question,
-    "h2o": _h2o,
-    "streaming": _streaming,
-    "random": _random,
-    "press": _press,
-}
-
-
 def score(evidence: Evidence, selection: Selection, shape: CacheShape) -> Tensor:
     """Scores of every position: `[S, T]` float32, S = 1 (shared) or L·Hkv (head).
 
     Raises RecipeError where the evidence that the method needs was not captured.
     """
-    scores = SCORERS[selection.method](evidence.only(needs(selection.method)), selection, shape).float()
+    scores = scorer(selection.method)(evidence.only(needs(selection.method)), selection, shape).float()
     if selection.scope == "shared":
         full = [i for i in range(shape.layers) if i not in dict(shape.whole_layers)]
         return scores[full].sum((0, 1))[None]
@@ -256,9 +117,3 @@ def in_tiers(positions: Tensor, evidence: Evidence, order: Selection, shape: Cac
         ranked[:, begin:end].sort(dim=1).values.reshape(*positions.shape[:-1], end - begin)
         for begin, end in zip(begins, ends, strict=True)
     ]
-
-
-def _needed(tensor: Tensor | None, name: str) -> Tensor:
-    if tensor is None:
-        raise RecipeError(f"this selection needs the model's {name} evidence, which was not captured")
-    return tensor

@@ -25,7 +25,7 @@ from kvlink.eval.rows import Row
 from kvlink.eval.run import Settings, open_model, run
 from kvlink.eval.tables import Case, plan
 from kvlink.files import OutputFolder
-from kvlink.recipe import PRESS
+from kvlink.selection import PRESS
 
 
 class Progress(Protocol):

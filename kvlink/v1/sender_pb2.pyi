@@ -35,7 +35,6 @@ from kvlink.v1.wire_pb2 import End as End
 from kvlink.v1.wire_pb2 import Mode as Mode
 from kvlink.v1.wire_pb2 import Dtype as Dtype
 from kvlink.v1.wire_pb2 import Unit as Unit
-from kvlink.v1.wire_pb2 import Method as Method
 from kvlink.v1.wire_pb2 import Scope as Scope
 from kvlink.v1.wire_pb2 import When as When
 from kvlink.v1.wire_pb2 import Axis as Axis
@@ -56,16 +55,6 @@ UNIT_RATIO: _wire_pb2.Unit
 UNIT_COUNT: _wire_pb2.Unit
 UNIT_MASS: _wire_pb2.Unit
 UNIT_BYTES: _wire_pb2.Unit
-METHOD_UNSPECIFIED: _wire_pb2.Method
-METHOD_ALL: _wire_pb2.Method
-METHOD_Q2C: _wire_pb2.Method
-METHOD_Q2C_DRAFT: _wire_pb2.Method
-METHOD_SNAPKV: _wire_pb2.Method
-METHOD_SNAPKV_QUESTION: _wire_pb2.Method
-METHOD_H2O: _wire_pb2.Method
-METHOD_STREAMING: _wire_pb2.Method
-METHOD_RANDOM: _wire_pb2.Method
-METHOD_PRESS: _wire_pb2.Method
 SCOPE_UNSPECIFIED: _wire_pb2.Scope
 SCOPE_SHARED: _wire_pb2.Scope
 SCOPE_HEAD: _wire_pb2.Scope

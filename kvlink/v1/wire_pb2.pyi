@@ -30,19 +30,6 @@ class Unit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     UNIT_MASS: _ClassVar[Unit]
     UNIT_BYTES: _ClassVar[Unit]
 
-class Method(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    METHOD_UNSPECIFIED: _ClassVar[Method]
-    METHOD_ALL: _ClassVar[Method]
-    METHOD_Q2C: _ClassVar[Method]
-    METHOD_Q2C_DRAFT: _ClassVar[Method]
-    METHOD_SNAPKV: _ClassVar[Method]
-    METHOD_SNAPKV_QUESTION: _ClassVar[Method]
-    METHOD_H2O: _ClassVar[Method]
-    METHOD_STREAMING: _ClassVar[Method]
-    METHOD_RANDOM: _ClassVar[Method]
-    METHOD_PRESS: _ClassVar[Method]
-
 class Scope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SCOPE_UNSPECIFIED: _ClassVar[Scope]
@@ -81,16 +68,6 @@ UNIT_RATIO: Unit
 UNIT_COUNT: Unit
 UNIT_MASS: Unit
 UNIT_BYTES: Unit
-METHOD_UNSPECIFIED: Method
-METHOD_ALL: Method
-METHOD_Q2C: Method
-METHOD_Q2C_DRAFT: Method
-METHOD_SNAPKV: Method
-METHOD_SNAPKV_QUESTION: Method
-METHOD_H2O: Method
-METHOD_STREAMING: Method
-METHOD_RANDOM: Method
-METHOD_PRESS: Method
 SCOPE_UNSPECIFIED: Scope
 SCOPE_SHARED: Scope
 SCOPE_HEAD: Scope
@@ -227,7 +204,7 @@ class Selection(_message.Message):
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     PRESS_FIELD_NUMBER: _ClassVar[int]
-    method: Method
+    method: str
     amount: Amount
     scope: Scope
     when: When
@@ -237,7 +214,7 @@ class Selection(_message.Message):
     window: int
     seed: int
     press: str
-    def __init__(self, method: _Optional[_Union[Method, str]] = ..., amount: _Optional[_Union[Amount, _Mapping]] = ..., scope: _Optional[_Union[Scope, str]] = ..., when: _Optional[_Union[When, str]] = ..., sinks: _Optional[int] = ..., recent: _Optional[int] = ..., pool: _Optional[int] = ..., window: _Optional[int] = ..., seed: _Optional[int] = ..., press: _Optional[str] = ...) -> None: ...
+    def __init__(self, method: _Optional[str] = ..., amount: _Optional[_Union[Amount, _Mapping]] = ..., scope: _Optional[_Union[Scope, str]] = ..., when: _Optional[_Union[When, str]] = ..., sinks: _Optional[int] = ..., recent: _Optional[int] = ..., pool: _Optional[int] = ..., window: _Optional[int] = ..., seed: _Optional[int] = ..., press: _Optional[str] = ...) -> None: ...
 
 class Quantizer(_message.Message):
     __slots__ = ("bits", "axis", "group", "symmetric", "lossless")

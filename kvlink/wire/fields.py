@@ -30,6 +30,7 @@ from kvlink.bounds import (
     Whole,
     Words,
 )
+from kvlink.codecs import CODECS
 from kvlink.payload import DEADLINE_MS
 from kvlink.receipt import BYTE_KINDS, STAGES
 
@@ -215,7 +216,7 @@ FIELDS: dict[str, Rules] = {
     "WholeLayer": {"layer": Whole(0, LAYERS.most - 1), "held_tokens": Whole(1, TOKENS.most)},
     "Amount": {"value": Number(0, 1e18), "unit": Known()},
     "Selection": {
-        "method": Known(),
+        "method": Words(64, r"[a-z0-9+_-]*", "small letters, digits, +, - and _"),
         "amount": Inner(),
         "scope": Known(),
         "when": Known(),
@@ -226,13 +227,8 @@ FIELDS: dict[str, Rules] = {
         "bits": Whole(1, 16), "axis": Known(), "group": Whole(2, 65_536), "symmetric": Known(), "lossless": Known(),
     },
     "LayerOverride": {"layer": Whole(0, 65_535), "keys": Inner(), "values": Inner()},
-    "Codec": dict.fromkeys(("quantized", "low_rank", "transform"), Inner()),
-    "Quantized": {"keys": Inner(), "values": Inner(), "overrides": Many(LAYERS.most)},
-    "LowRank": {"rank": Whole(1, 65_536), "factors": Inner()},
-    "Transform": {
-        "step_code": Whole(-40, 40),
-        "basis": Words(32, r"(own|[0-9a-f]{32})?", "own, 32 hex digits or none"),
-    },
+    "Codec": dict.fromkeys(CODECS, Inner()),
+    **{codec.__name__: dict(codec.FIELDS) for codec in CODECS.values()},
     "Recipe": {"mode": Known(), "selection": Inner(), "codec": Inner(), "coder": Known(), "background": Inner()},
     "SegmentHeader": {
         "index": _COUNT, "positions": Inner(), "refinement": Inner(), "text": Inner(), "codec": Inner(),

@@ -1,7 +1,7 @@
 """Frozen values to protobuf messages and back, by the names of their fields.
 
 A value's fields are those of its message: numbers and flags as they are, words of a closed set as an
-enum (`"q2c+draft"` is `METHOD_Q2C_DRAFT`), values within values, tuples as repeated fields, None as an
+enum (`"after"` is `WHEN_AFTER`), values within values, tuples as repeated fields, None as an
 absent one. A codec is the one of the proto's `Codec` that has its name. So a new option of a codec is a
 field here and there, and no code between.
 
@@ -96,15 +96,15 @@ def _prefix(enum: Any) -> str:
 
 def number(enum: Any, word: str) -> int:
     """The enum's value that has this word."""
-    return int(enum.values_by_name[_prefix(enum) + word.upper().replace("+", "_")].number)
+    return int(enum.values_by_name[_prefix(enum) + word.upper()].number)
 
 
 def word(enum: Any, number: int) -> str:
-    """The word of an enum's value. Those with a `+` are the methods that look at two things.
+    """The word of an enum's value.
 
     Raises RemoteProtocolError where it has none that is known here.
     """
     known = enum.values_by_number.get(number)
     if known is None or number == 0:
         raise RemoteProtocolError(f"{enum.name} {number} is not known here")
-    return str(known.name.removeprefix(_prefix(enum)).lower().replace("_", "+"))
+    return str(known.name.removeprefix(_prefix(enum)).lower())

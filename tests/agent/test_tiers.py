@@ -11,7 +11,8 @@ from kvlink.cache import Evidence
 from kvlink.compress.select import choose_positions, in_tiers
 from kvlink.errors import DeadlineError, RecipeError
 from kvlink.payload import CacheShape
-from kvlink.recipe import Amount, Selection, Target
+from kvlink.recipe import Target
+from kvlink.selection import Amount, Selection
 from kvlink.wire.session import ReceiveSession
 from tests.agent.conftest import QUESTION, TEXT
 

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlink.cache import Evidence
-from kvlink.compress.select import SCORERS, choose_positions, kept_count, mass_count, needs, sees
+from kvlink.compress.select import choose_positions, kept_count, mass_count, needs, sees
+from kvlink.compress.selections import scorer
 from kvlink.errors import RecipeError
 from kvlink.payload import CacheShape
-from kvlink.recipe import METHODS, Amount, Selection
+from kvlink.selection import METHODS, NAMED, Amount, Selection
 
 TOKENS = 40
 SHAPE = CacheShape(2, 2, TOKENS, 8, "bfloat16")
@@ -124,7 +125,7 @@ def test_mass_with_head_scope_keeps_as_many_as_the_neediest_head():
 
 
 @given(
-    st.sampled_from([m for m in METHODS if m != "all"]),
+    st.sampled_from([m for m in NAMED if m != "all"]),
     st.floats(0.001, 1.0),
     st.sampled_from(["shared", "head"]),
 )
@@ -148,7 +149,7 @@ def test_kept_count_rounds_up_and_stays_in_range(tokens, ratio):
 
 
 def test_a_method_sees_what_it_needs_and_nothing_else():
-    for method in (*METHODS, "press"):
+    for method in METHODS:
         if not needs(method):
             continue
         everything = evidence()
@@ -165,8 +166,8 @@ def test_a_method_sees_what_it_needs_and_nothing_else():
 
 
 def test_every_method_is_scored_and_says_what_it_sees():
-    assert set(SCORERS) == {*METHODS, "press"} - {"all"}
-    assert {method: sees(method) for method in (*METHODS, "press")} == {
+    assert all(callable(scorer(method)) for method in METHODS if method != "all")
+    assert {method: sees(method) for method in METHODS} == {
         "all": "nothing",
         "q2c": "context and question",
         "q2c+draft": "context and question, the sender's draft",

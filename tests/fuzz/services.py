@@ -45,7 +45,7 @@ SERVICES = {
 WORKERS = 8
 CALLS_A_CONNECTION = 200
 GROWTH_BYTES = 64_000_000
-LONG_RUN = 20_000
+LONG_RUN = 100_000
 """Messages from which on the memory is judged: before, threads and caches are still being made."""
 _SHOWN = 700
 _KEPT = 40

@@ -1,6 +1,6 @@
 """The arithmetic of the codecs: keys or values of one layer to parts, and back.
 
-Each codec of `kvlink.codecs` has a module of its name here with two functions:
+Each codec of `kvlink.codecs.CODECS` has a module of its name here with two functions:
 
     encode(codec, tensor, place, coder, context) → (bytes a scale, parts)
     decode(codec, parts, scale_bytes, place, dtype, shape, context) → tensor
@@ -10,18 +10,25 @@ Does not know: segments, selections, the wire. Place on the path: under `compres
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
+import importlib
+from typing import Any
 
 from torch import Tensor, dtype
 
-from kvlink.codecs import Codec, LowRank, Quantized, Transform
-from kvlink.compress.codecs import low_rank, quantized, transform
+from kvlink.codecs import CODECS, Codec
 from kvlink.compress.codecs.base import CodecContext, Place
 from kvlink.errors import CodecError
 from kvlink.payload import EncodedTensor
 from kvlink.recipe import Coder
 
-_ARITHMETIC: dict[type[Codec], ModuleType] = {Quantized: quantized, LowRank: low_rank, Transform: transform}
+_NAMES = {codec: name for name, codec in CODECS.items()}
+
+
+@functools.cache
+def _arithmetic(codec: type[Codec]) -> Any:
+    """The module of a codec of the table."""
+    return importlib.import_module(f"{__name__}.{_NAMES[codec]}")
 
 
 def encode_tensor(
@@ -31,7 +38,7 @@ def encode_tensor(
     carry."""
     heads, kept, size = tensor.shape
     try:
-        scale_bytes, parts = _ARITHMETIC[type(codec)].encode(codec, tensor, place, coder, context)
+        scale_bytes, parts = _arithmetic(type(codec)).encode(codec, tensor, place, coder, context)
     except CodecError as error:
         raise CodecError(f"layer {place.layer} {place.side}: {error}") from error
     return EncodedTensor(place.layer, place.side, (heads, kept, size), scale_bytes, parts)
@@ -48,7 +55,7 @@ def decode_tensor(
         found = [(part.kind, part.plain_bytes) for part in coded.parts]
         if found != expected:
             raise CodecError(f"expected parts {expected}, found {found}")
-        decoded: Tensor = _ARITHMETIC[type(codec)].decode(
+        decoded: Tensor = _arithmetic(type(codec)).decode(
             codec, coded.parts, coded.scale_bytes, place, kind, coded.shape, context
         )
         return decoded
