@@ -100,6 +100,15 @@ def test_masking_is_pruning_and_zeroing_changes_nothing(checkpoint, item):
     assert masked["kl"] == zeroed["kl"] == pytest.approx(pruned["kl"], rel=1e-2, abs=1e-6)
 
 
+def test_what_a_second_question_adds_is_less_than_a_transfer_of_its_own(tiny, bench, item):
+    recipe = "q2c+draft@0.25 transform=0.5 rest=2"
+    kinds = ("answer", "whole", "added")
+    first, whole, added = measured(bench, item, *(Case(recipe, "unrelated", kind) for kind in kinds))
+    assert first.wire_bytes > added.wire_bytes < whole.wire_bytes
+    assert added.more["of_first"] == added.wire_bytes / first.wire_bytes
+    assert added.kl < first.kl, "it is finer where this question looks"
+
+
 def test_the_spectrum_is_the_share_of_the_largest_singular_values(tiny, bench, item):
     (found,) = measured(bench, item, Case("raw", kind="spectrum"))
     layer = Sender(tiny).read(item.context).cache.layers[2]
