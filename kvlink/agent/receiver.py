@@ -33,7 +33,7 @@ from kvlink.errors import (
     TruncatedError,
 )
 from kvlink.model.calibrate import rotation
-from kvlink.model.exchange import generate_inputs, to_dynamic_cache
+from kvlink.model.exchange import GenerateInputs, generate_inputs, to_dynamic_cache
 from kvlink.model.generate import Answer, Step, answer, generate
 from kvlink.model.loading import EMBEDDED, LanguageModel, language_model
 from kvlink.model.prefill import prefill
@@ -383,10 +383,10 @@ class Receiver:
         """The whole context as a transformers cache. Raises ContextError where positions are missing."""
         return to_dynamic_cache(self.lm, held.cache)
 
-    def generate_inputs(self, held: Held, question: str, beams: int = 1) -> dict[str, Any]:
+    def generate_inputs(self, held: Held, question: str, beams: int = 1) -> GenerateInputs:
         """What `receiver.lm.model.generate(**inputs)` needs to answer from a held context, whole or not.
 
-        Made anew for every generation. See `model.exchange.generate_inputs`.
+        See `model.exchange.generate_inputs`.
         """
         return generate_inputs(self._asking(held), held.cache, question, beams)
 

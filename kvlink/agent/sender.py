@@ -37,7 +37,7 @@ from kvlink.compress.select import choose_positions, in_tiers, kept_count, needs
 from kvlink.errors import CodecError, ContextError, LimitError, ModelError, RecipeError
 from kvlink.model.adopt import cache_of, ids_of, prompt_of
 from kvlink.model.calibrate import rotation, units
-from kvlink.model.exchange import generate_inputs
+from kvlink.model.exchange import GenerateInputs, generate_inputs
 from kvlink.model.generate import Answer, answer, divergence, logits_along
 from kvlink.model.loading import EMBEDDED, LanguageModel, language_model
 from kvlink.model.prefill import prefill, prefill_more, read_context, read_press, read_question
@@ -191,7 +191,7 @@ class Sender:
         """What the sender itself answers, from its full cache."""
         return answer(self._asking(context), context.cache, question, **options)
 
-    def generate_inputs(self, context: Context, question: str, beams: int = 1) -> dict[str, Any]:
+    def generate_inputs(self, context: Context, question: str, beams: int = 1) -> GenerateInputs:
         """What `sender.lm.model.generate(**inputs)` needs to answer from the full cache."""
         return generate_inputs(self._asking(context), context.cache, question, beams)
 

@@ -12,6 +12,7 @@ Does not know: codecs, peers. Place on the path: beside `generate`, for those wh
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from kvlink.model.language import LanguageModel
 from kvlink.model.restore import view
 
 MOST_BEAMS = 1024
+_CACHE = "past_key_values"
 
 
 def to_dynamic_cache(lm: LanguageModel, cache: KVCache) -> DynamicCache:
@@ -40,8 +42,25 @@ def to_dynamic_cache(lm: LanguageModel, cache: KVCache) -> DynamicCache:
     return view(lm, cache)
 
 
-def generate_inputs(lm: LanguageModel, cache: KVCache, question: str, beams: int = 1) -> dict[str, Any]:
-    """The arguments of one `model.generate` that answers `question` from `cache`; `cache` stays as it is.
+class GenerateInputs(Mapping[str, Any]):
+    """Arguments for `model.generate(**inputs)`, as often as one likes: a generation fills its cache, so that each gets
+    a new one."""
+
+    def __init__(self, given: Mapping[str, Any], new_cache: Callable[[], DynamicCache]) -> None:
+        self._given, self._new_cache = {**given, _CACHE: None}, new_cache
+
+    def __getitem__(self, name: str) -> Any:
+        return self._new_cache() if name == _CACHE else self._given[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+
+def generate_inputs(lm: LanguageModel, cache: KVCache, question: str, beams: int = 1) -> GenerateInputs:
+    """The arguments with which `model.generate` answers `question` from `cache`, which stays as it is.
 
     `input_ids` `[1, Q]`: the question alone, so that the answer begins at column Q of the output.
     `attention_mask` `[1, T + Q]` and `position_ids` `[1, Q]` count from the context's own length T, not from the
@@ -51,20 +70,23 @@ def generate_inputs(lm: LanguageModel, cache: KVCache, question: str, beams: int
     if not 1 <= beams <= MOST_BEAMS:
         raise ContextError(f"beams must be from 1 to {MOST_BEAMS}, got {beams}")
     ids, tokens, device = lm.question_ids(question, cache.tokens), cache.tokens, lm.model.device
-    state: Any = view(lm, cache)
+
+    def new_cache() -> DynamicCache:
+        made = view(lm, cache)
+        if beams > 1:
+            made.batch_repeat_interleave(beams)
+        return made
+
     mask = torch.ones(1, tokens + len(ids), dtype=torch.long)
-    if (visible := getattr(state, "visible", None)) is not None:
+    if (visible := getattr(view(lm, cache), "visible", None)) is not None:
         mask[0, :tokens] = visible
-    if beams > 1:
-        state.batch_repeat_interleave(beams)
-    given = {
+    given: dict[str, Any] = {
         "input_ids": torch.tensor([ids], device=device),
         "attention_mask": mask.to(device),
         "position_ids": torch.arange(tokens, tokens + len(ids), device=device)[None],
-        "past_key_values": state,
         # Some configurations say no: the question would then be read again at every step, into the same cache.
         "use_cache": True,
     }
     if "position_ids" not in parameters(lm.model):
         del given["position_ids"]
-    return given
+    return GenerateInputs(given, new_cache)

@@ -96,11 +96,12 @@ def test_a_generation_leaves_the_cache_as_it_was(random_lm, architecture, kind):
     lm = random_lm(architecture)
     cache = kinds_of(lm)[kind]
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-    first = plain(lm, generate_inputs(lm, cache, QUESTION))
+    inputs = generate_inputs(lm, cache, QUESTION)
+    first = plain(lm, inputs)
     assert plain(lm, generate_inputs(lm, cache, OTHER))[0][: len(own(lm, cache, OTHER))] == own(
         lm, cache, OTHER
     )
-    assert plain(lm, generate_inputs(lm, cache, QUESTION)) == first
+    assert plain(lm, inputs) == first, "the same inputs serve again"
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
 
