@@ -31,7 +31,7 @@ from kvlink import bounds
 from kvlink.codecs import BARE, Codec, Quantized, Transform, codec_from, step_code, step_of
 from kvlink.codecs import OPTIONS as CODEC_OPTIONS
 from kvlink.codecs.base import require_one_of, whole_number
-from kvlink.errors import RecipeError
+from kvlink.errors import DeadlineError, RecipeError
 from kvlink.payload import DEADLINE_MS, Mode
 from kvlink.selection import NAMED, PRESS, Amount, Selection
 
@@ -152,6 +152,16 @@ class Target:
             raise RecipeError(f"deadline_s must be at most {DEADLINE_MS / 1e3:g}, got {self.deadline_s:g}")
         if self.allow_text and not self.deadline_s:
             raise RecipeError("allow_text needs a deadline: the text comes where the cache is late")
+
+    def after(self, spent_s: float) -> Target:
+        """The same target once seconds of its deadline have passed. Raises DeadlineError where none is left."""
+        if not self.deadline_s:
+            return self
+        if spent_s >= self.deadline_s:
+            raise DeadlineError(
+                f"the deadline of {self.deadline_s:g} s passed before anything could be packed"
+            )
+        return replace(self, deadline_s=self.deadline_s - spent_s)
 
     @property
     def needs_step(self) -> bool:

@@ -116,6 +116,10 @@ _COLUMNS: dict[str, tuple[str, str]] = {
     "context_tokens": ("context", "{:.0f}"),
     "chunk_bytes": ("chunk", "{:,}"),
     "loss": ("loss", _SHARE),
+    "order": ("segments", "{}"),
+    "cut": ("came", _SHARE),
+    "answered": ("answered", "{:.0%}"),
+    "kept_share": ("positions", "{:.1%}"),
     "f1": ("F1", "{:.3f}"),
     "share_of_full": ("of full", "{:.1%}"),
     "interval": ("95 % of F1 − full", "{}"),
@@ -140,6 +144,7 @@ _COLUMNS: dict[str, tuple[str, str]] = {
 """Columns of the tables of `kvlink eval`, in their order: field, title, format."""
 
 _SHOWN = {
+    "cut": ("recipe", "order", "cut", "answered", "kept_share", "agreement", "f1", "kl_mean", "wire_bytes"),
     "spectrum": ("layer", "side", "energy_top5"),
     "masking": ("mode", "recipe", "f1", "agreement", "kl_mean", "logit_error"),
     "second": (
@@ -160,7 +165,7 @@ _ANSWERS = (
 )  # fmt: skip
 _PIVOTED = ("selection", "methods")
 _PIVOT = ("selection", "scope", "method", "question")
-_TEXTS = ("mode", "recipe", "question_shift", "side", "differs")
+_TEXTS = ("mode", "recipe", "question_shift", "side", "differs", "order")
 
 
 def say_eval(report: dict[str, Any]) -> None:

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 from kvlink.agent.receiver import Held
 from kvlink.agent.settings import ReceiverSettings, allowed
 from kvlink.agent.store import Store
-from kvlink.errors import ConfigError, NotFoundError, RemoteProtocolError
-from kvlink.recipe import Recipe
+from kvlink.errors import ConfigError, DeadlineError, NotFoundError, RemoteProtocolError
+from kvlink.recipe import Recipe, Target
 from kvlink.transport.api import Ask, Caller, Fetch, PushStatus
 from kvlink.transport.handle import Handle
 from kvlink.transport.link import DialSender
@@ -91,9 +91,13 @@ class Pulls:
             if not base or pulled.cache_id in self._store:
                 raise
             done = await self._transfer(address, fetch, caller)  # the base has gone meanwhile
+        except DeadlineError:
+            if not fetch.target.allow_text:
+                raise
+            done = await self._transfer(address, replace(fetch, recipe="text", target=Target()), caller)
         taken = Recipe.parse(done.receipt.recipe)
         pulled.cache_id = done.cache_id
-        pulled.serves_all = not taken.prunes and taken.background is None
+        pulled.serves_all = done.state == "complete" and not taken.prunes and taken.background is None
         pulled.questions[fetch.question] = None
         while len(pulled.questions) > _QUESTIONS:
             pulled.questions.popitem(last=False)
@@ -104,7 +108,7 @@ class Pulls:
         owner = replace(caller, readers=(), asked_by="")
         async with (
             self._dial(address, caller) as source,
-            aclosing(source.fetch(fetch, caller.name)) as frames,
+            aclosing(source.fetch(fetch, caller.name, early=False)) as frames,
             aclosing(self._take(frames, owner)) as statuses,
         ):
             async for status in statuses:

@@ -9,34 +9,33 @@ Does not know: gRPC. Place on the path: the sender's edge.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, contextmanager
-from dataclasses import MISSING, fields, is_dataclass, replace
-from typing import Any
-
-from blake3 import blake3
+from dataclasses import replace
 
 from kvlink._release import RELEASE
 from kvlink.agent.admission import Gate
 from kvlink.agent.handshake import Needed, compare, needed_by, require_room
 from kvlink.agent.outbox import Outbound, Outbox
+from kvlink.agent.requests import as_text, request_digest, text_id
 from kvlink.agent.sender import Context, Sender
 from kvlink.agent.settings import SenderSettings, allowed
 from kvlink.agent.shares import Whose
 from kvlink.agent.staging import Staging
 from kvlink.agent.store import Store
 from kvlink.agent.threads import to_thread
-from kvlink.agent.transfer import Transfer
+from kvlink.agent.transfer import Sent, Transfer
 from kvlink.codecs import Transform
+from kvlink.compress.select import TIERS
 from kvlink.defaults import CALL_S
 from kvlink.errors import (
     AccessError,
     BusyError,
     ConfigError,
+    DeadlineError,
     InputError,
     KvlinkError,
     LimitError,
@@ -144,6 +143,7 @@ class SenderService:
 
     async def fetch_cache(self, fetch: Fetch, caller: Caller = NOBODY) -> AsyncGenerator[bytes, None]:
         """Frames of a published context, reduced for the caller's question, from where it says."""
+        began = time.perf_counter()
         key = fetch.transfer_id or secrets.token_bytes(TRANSFER_ID_BYTES)
         if caller.asked_by:  # a receiver redeems a handle for somebody, who must be allowed to use it too
             self.store.get(fetch.context_id, caller.asked_by)
@@ -155,7 +155,7 @@ class SenderService:
         @asynccontextmanager
         async def pack() -> AsyncIterator[Transfer]:
             with self.store.lease(fetch.context_id, caller.name) as context:
-                async with self._packing(context, fetch, chosen, key, caller) as transfer:
+                async with self._packing(context, fetch, chosen, key, caller, began) as transfer:
                     yield transfer
 
         held = await self.outbox.get(key, caller, request_digest(replace(fetch, next_sequence=0)), pack)
@@ -172,7 +172,29 @@ class SenderService:
     async def deliver_cache(
         self, delivery: Delivery, caller: Caller = NOBODY
     ) -> AsyncGenerator[Progress, None]:
-        """Pack, dial the receiver, compare identities, push; then say what it cost."""
+        """Deliver the cache; where it is late, and that is allowed, the text in its place."""
+        began, contexts = time.perf_counter(), _Contexts(self, delivery, caller)
+        total = 0
+        with contexts.used():
+            try:
+                async with aclosing(self._delivered(delivery, caller, contexts, began)) as told:
+                    async for progress in told:
+                        total = progress.total_bytes
+                        yield progress
+                return
+            except DeadlineError as error:
+                if not delivery.target.allow_text:
+                    raise
+                log.info("the text goes in place of the cache: %s", error)
+            async with aclosing(self._delivered(as_text(delivery), caller, contexts, began)) as told:
+                async for progress in told:
+                    size = total or progress.total_bytes  # a caller was told one total
+                    yield replace(progress, sent_bytes=size if progress.done else 0, total_bytes=size)
+
+    async def _delivered(
+        self, delivery: Delivery, caller: Caller, contexts: _Contexts, began: float
+    ) -> AsyncGenerator[Progress, None]:
+        """Pack, dial the receiver, compare identities, push; then say what it cost. `began`: when it was asked for."""
         peers, credentials = self.settings.peers, self.settings.credentials
         delivery = replace(delivery, receiver=allowed(delivery.receiver, peers, credentials))
         self._check_length("the question", delivery.question)
@@ -183,24 +205,23 @@ class SenderService:
                 "only who sends the text is told what was chosen of it; a handle does not show it"
             )
         key = delivery.delivery_id or secrets.token_bytes(TRANSFER_ID_BYTES)
-        with self.observer.span("deliver", caller.trace, transfer=key.hex()) as span, ExitStack() as here:
+        with self.observer.span("deliver", caller.trace, transfer=key.hex()) as span:
             caller = replace(caller, trace=span.parent)
             async with self._dial(delivery.receiver, caller) as peer:
                 there = await peer.capabilities()
-            needed = self._needed(recipe)
+            needed = self._needed(recipe, delivery.target)
             compare(self.capabilities(), there, needed)
 
             def check_room(tokens: int, cache_bytes: int, text: str) -> None:
                 require_room(there, needed.sized(tokens, cache_bytes, text, self._sender.chunk_bytes))
 
-            contexts = _Contexts(self, delivery, caller, check_room)
-            here.enter_context(contexts.used())
+            contexts.check = check_room
 
             @asynccontextmanager
             async def pack() -> AsyncIterator[Transfer]:
                 with contexts.used():
                     context = await contexts.get()
-                    async with self._packing(context, delivery, recipe, key, caller) as transfer:
+                    async with self._packing(context, delivery, recipe, key, caller, began) as transfer:
                         transfer.note({"prefill": contexts.prefill_s})
                         yield transfer
 
@@ -230,28 +251,33 @@ class SenderService:
         self, packed: Outbound, delivery: Delivery, there: Capabilities, contexts: _Contexts, caller: Caller
     ) -> AsyncGenerator[Progress, None]:
         """Push what is packed, as it is packed; then say what it cost."""
-        transfer, sent = packed.transfer, _Sent(packed.transfer)
+        transfer, sent = packed.transfer, Sent(packed.transfer)
         yield Progress(0, transfer.most_bytes)
         await self._send_profile(delivery.receiver, transfer, there, caller)
-        status = PushStatus("failed", 0)
+        status, last = PushStatus("failed", 0), -1
         wire_s, socket_bytes = 0.0, 0
         async with aclosing(self._push(delivery, packed, caller)) as pushed:
             async for item in pushed:
                 if isinstance(item, int):
+                    last = max(last, item)
                     yield Progress(sent.until(item), transfer.most_bytes)
                 else:
                     status, wire_s, socket_bytes = item
         # Of what the receiver says of its time only what it alone can know.
         stages = {name: s for name, s in status.receipt.stage_s.items() if name in ("decode", "read")}
         stages["wire"] = max(0.0, wire_s - packed.waited_s - sum(stages.values()))
-        receipt = replace((await packed.packed()).with_stages(**stages), socket_bytes=socket_bytes)
+        if status.state == "enough":
+            cost = transfer.receipt_until(last + 1, status.next_sequence)
+        else:
+            cost = await packed.packed()
+        receipt = replace(cost.with_stages(**stages), socket_bytes=socket_bytes)
         total = transfer.most_bytes
         log.info(
-            "transfer delivered: %d bytes, %s", receipt.wire_bytes, receipt.recipe,
+            "transfer delivered, %s: %d bytes, %s", status.state, receipt.wire_bytes, receipt.recipe,
             extra={"transfer": receipt.transfer_id, "receiver": delivery.receiver, "peer": caller.name,
                    "receipt": receipt.to_dict()},
         )  # fmt: skip
-        self.observer.count("transfers", "Transfers by their end", state="complete")
+        self.observer.count("transfers", "Transfers by their end", state=status.state)
         self.observer.cost("sent_bytes", receipt)
         own, told = "", Explanation()
         context = await contexts.get() if delivery.answer_here or delivery.explain else None
@@ -265,11 +291,12 @@ class SenderService:
 
     async def cancel_delivery(self, delivery_id: bytes, caller: Caller = NOBODY) -> None:
         """Give up a delivery at both ends. Unknown ids are fine."""
-        packed = await to_thread(self.outbox.peek, delivery_id, caller.name)
-        if packed is not None:
-            self.outbox.forget(delivery_id)
-            if packed.receiver:
-                self._give_up(delivery_id, packed, caller)
+        for key in (delivery_id, text_id(delivery_id)):
+            packed = await to_thread(self.outbox.peek, key, caller.name)
+            if packed is not None:
+                self.outbox.forget(key)
+                if packed.receiver:
+                    self._give_up(key, packed, caller)
 
     def _give_up(self, key: bytes, packed: Outbound, caller: Caller) -> None:
         """Tell the receiver, without anybody waiting for it."""
@@ -288,7 +315,7 @@ class SenderService:
     async def _push(
         self, delivery: Delivery, packed: Outbound, caller: Caller
     ) -> AsyncGenerator[int | tuple[PushStatus, float, int], None]:
-        """Push frames, again after a cut and from where the receiver is, until it is complete."""
+        """Push frames, again after a cut and from where the receiver is, until it is complete or enough."""
         address = delivery.receiver
         # With a name of its own it may be what an earlier life of this agent has sent.
         fresh = not delivery.delivery_id
@@ -309,7 +336,7 @@ class SenderService:
                             if isinstance(item, int):
                                 failed = 0
                                 yield item
-                            elif item.state == "complete":
+                            elif item.state in ("complete", "enough"):
                                 wire_s = time.perf_counter() - began
                                 await asyncio.sleep(0)
                                 yield item, wire_s, _counted(before, peer.socket_count())
@@ -317,6 +344,8 @@ class SenderService:
                 raise RemoteProtocolError(f"{address}: the receiver ended the call before it was complete")
             except (TransportError, BusyError) as error:
                 if error is packed.error:  # it is this agent that has no room
+                    raise
+                if isinstance(error, DeadlineError) and error.reported:  # the transfer's own: it has ended
                     raise
                 failed += 1
                 pause_s = max(self.settings.retry_pause_s * failed, error.retry_after_s)
@@ -330,15 +359,22 @@ class SenderService:
 
     @asynccontextmanager
     async def _packing(
-        self, context: Context, asked: Fetch | Delivery, recipe: Recipe, key: bytes, caller: Caller
+        self,
+        context: Context,
+        asked: Fetch | Delivery,
+        recipe: Recipe,
+        key: bytes,
+        caller: Caller,
+        began: float,
     ) -> AsyncIterator[Transfer]:
-        """A transfer whose frames may be made until this is left."""
+        """A transfer whose frames may be made until this is left. `began`: when it was asked for."""
         with (
             await self._work.enter(caller.account),
             self.observer.span("pack", caller.trace, transfer=key.hex()) as span,
         ):
+            target = asked.target.after(time.perf_counter() - began)
             found = await to_thread(
-                self._sender.pack, context, asked.question, recipe, asked.target, None, key, asked.base_digest
+                self._sender.pack, context, asked.question, recipe, target, None, key, asked.base_digest
             )
             yield found
             for line in found.receipt.warnings:
@@ -364,12 +400,13 @@ class SenderService:
             raise ConfigError(f"{address}: this sender dials nobody; it can be fetched from")
         return self._dial_receiver(address, caller, patience_s)
 
-    def _needed(self, recipe: Recipe) -> Needed:
+    def _needed(self, recipe: Recipe, target: Target) -> Needed:
         """What a transfer by a recipe needs, as far as it is known before its text is cut."""
         needed, profile = needed_by(self._sender.resolved(recipe)), self._sender.lm.profile
         if profile is not None and profile.digest == needed.calibration:
             needed = replace(needed, profile_bytes=profile.file_bytes)
-        return needed
+        tiered = target.deadline_s and recipe.mode == "kv"
+        return replace(needed, segments=needed.segments + len(TIERS) - 1) if tiered else needed
 
     def _check_length(self, what: str, *texts: str) -> None:
         """Refuse by its length a text that cannot be read here. Raises LimitError, ContextError."""
@@ -415,12 +452,17 @@ class SenderService:
         return recipe
 
 
+def _anything(tokens: int, cache_bytes: int, text: str) -> None:
+    """Nobody has said yet what there is room for."""
+
+
 class _Contexts:
     """The context of one delivery, read or leased when it is first needed, kept while anybody uses it."""
 
-    def __init__(self, service: SenderService, delivery: Delivery, caller: Caller, check: CheckRoom) -> None:
-        """`check`: raises where the receiver has no room for what is told, before it is read."""
-        self._service, self._delivery, self._caller, self._check = service, delivery, caller, check
+    def __init__(self, service: SenderService, delivery: Delivery, caller: Caller) -> None:
+        self._service, self._delivery, self._caller = service, delivery, caller
+        self.check: CheckRoom = _anything
+        """Raises where the receiver has no room for what is told, before it is read."""
         self._held, self._users = ExitStack(), 0
         self._found: Context | None = None
         self.prefill_s = 0.0
@@ -441,51 +483,15 @@ class _Contexts:
             told, service = self._delivery, self._service
             if told.context_id:
                 found = self._held.enter_context(service.store.lease(told.context_id, self._caller.name))
-                self._check(found.cache.tokens, found.cache.shape.cache_bytes, found.text)
+                self.check(found.cache.tokens, found.cache.shape.cache_bytes, found.text)
                 self._found = found
             else:
                 with await service._work.enter(self._caller.account):
                     whose = Whose.left_by(self._caller)
-                    self._found = await service._read(told.text, [], whose, self._held, self._check)
+                    self._found = await service._read(told.text, [], whose, self._held, self.check)
                 self._held.callback(self._found.wipe)
                 self.prefill_s = self._found.prefill_s
         return self._found
-
-
-class _Sent:
-    """Bytes of a transfer's frames from the first one on."""
-
-    def __init__(self, transfer: Transfer) -> None:
-        self._transfer = transfer
-        self._ends: list[int] = []
-
-    def until(self, number: int) -> int:
-        """Bytes of the frames up to `number`, which were made."""
-        while len(self._ends) <= number:
-            frame = self._transfer.made(len(self._ends)) or b""
-            self._ends.append((self._ends[-1] if self._ends else 0) + len(frame))
-        return self._ends[number]
-
-
-def request_digest(request: Delivery | Fetch) -> str:
-    """What tells one request from another: what it asks for beyond what is asked for where nobody says so,
-    so that a request stays the same when a later release knows another field."""
-    return blake3(json.dumps(_asked(request), sort_keys=True).encode()).hexdigest()
-
-
-def _asked(value: Any) -> dict[str, Any]:
-    asked: dict[str, Any] = {}
-    for field in fields(value):
-        found = getattr(value, field.name)
-        if field.default_factory is not MISSING:
-            default: Any = field.default_factory()
-        else:
-            default = field.default
-        if found != default:
-            asked[field.name] = (
-                _asked(found) if is_dataclass(found) else found.hex() if isinstance(found, bytes) else found
-            )
-    return asked
 
 
 def _counted(before: SocketCount | None, after: SocketCount | None) -> int:

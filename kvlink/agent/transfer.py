@@ -20,15 +20,15 @@ from kvlink.codecs import Codec
 from kvlink.codecs.base import PART_KINDS
 from kvlink.compress.codec import SegmentPlan, encode_groups
 from kvlink.compress.codecs import CodecContext
-from kvlink.errors import CodecError
+from kvlink.errors import CodecError, RemoteProtocolError
 from kvlink.model.generate import Answer
 from kvlink.payload import CacheShape, Group, Part, SegmentHeader, count_kinds
 from kvlink.receipt import Certificate, Receipt
 from kvlink.transport.link import grpc_bytes
 from kvlink.wire.file import Writable, write_frames
-from kvlink.wire.layout import groups_of, part_sizes
+from kvlink.wire.layout import groups_of, kept_share, kept_tokens, part_sizes
 from kvlink.wire.messages import Manifest
-from kvlink.wire.session import CHUNK_BYTES, SendSession
+from kvlink.wire.session import CHUNK_BYTES, ReceiveSession, SendSession
 
 _MOST_FRAMING_BYTES = 160
 """Of a frame of parts: numbers, sizes of parts, checksums, digests."""
@@ -137,6 +137,31 @@ class Transfer:
             raise CodecError("a transfer that is streamed has its receipt when its last frame was read")
         return self._receipt
 
+    def receipt_until(self, sent: int, taken: int) -> Receipt:
+        """What the first `sent` frames cost, where the receiver had enough of the first `taken` ones.
+
+        Raises RemoteProtocolError where no segment closes in those: then nothing can be held of them.
+        """
+        session, closed, digest = ReceiveSession(keep=False), list[SegmentHeader](), b""
+        frames = self._made[: max(sent, taken)]
+        for number, frame in enumerate(frames, 1):
+            session.receive(frame)
+            if number == taken:
+                closed, digest = list(session.closed), session.cache_digest
+        if not closed:
+            raise RemoteProtocolError(
+                f"the receiver has enough of {taken} frames, in which no segment closes"
+            )
+        told = self.manifest
+        return replace(
+            self._receipt,
+            kept_tokens=kept_tokens(closed, told.recipe),
+            kept_share=kept_share(closed, told.shape, told.base),
+            segments=len(closed),
+            bytes=count_bytes([len(frame) for frame in frames], session.part_bytes),
+            cache_digest=digest.hex(),
+        )
+
     def note(self, stage_s: Mapping[str, float], certificate: Certificate | None = None) -> None:
         """Add to the receipt what was found later."""
         with self._lock:
@@ -218,6 +243,21 @@ def reported(outlines: Sequence[Outline], shape: CacheShape, progress: OnProgres
         return group
 
     return [(header, map(told, groups)) for header, groups in outlines]
+
+
+class Sent:
+    """Bytes of a transfer's frames from the first one on."""
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+        self._ends: list[int] = []
+
+    def until(self, number: int) -> int:
+        """Bytes of the frames up to `number`, which were made."""
+        while len(self._ends) <= number:
+            frame = self._transfer.made(len(self._ends)) or b""
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(frame))
+        return self._ends[number]
 
 
 def outlined(plan: SegmentPlan, coder: str, context_of: Callable[[Codec], CodecContext]) -> Outline:

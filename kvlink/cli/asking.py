@@ -16,11 +16,13 @@ from kvlink import errors
 from kvlink.cli.common import credentials, read_context, run, warn
 from kvlink.cli.kinds import RecipeText, Text
 from kvlink.cli.options import (
+    AllowText,
     Bits,
     Budget,
     Creds,
     Ctx,
     Data,
+    Deadline,
     Insecure,
     Json,
     Model,
@@ -35,10 +37,10 @@ from kvlink.cli.options import (
     count,
     flag,
     option,
+    target_of,
 )
 from kvlink.defaults import CALL_S, MODEL, RECEIVER, SENDER
 from kvlink.files import Output
-from kvlink.recipe import Target
 from kvlink.terminal import note, progress, say, say_json, say_text
 
 
@@ -85,6 +87,8 @@ def ask(
     bits: Bits = None,
     quality: Quality = None,
     verify: Verify = False,
+    deadline: Deadline = None,
+    allow_text: AllowText = False,
     sender_at: SenderAt = SENDER,
     receiver_at: ReceiverAt = RECEIVER,
     creds: Creds = None,
@@ -112,7 +116,7 @@ def ask(
         recipe=recipe,
         context_id=at.context_id,
         text=read_context(context) if context else "",
-        target=Target(budget or 0, bits or 0.0, quality or 0.0, verify),
+        target=target_of(budget, bits, quality, verify, deadline, allow_text),
         answer_here=True,
         explain=report is not None,
     )

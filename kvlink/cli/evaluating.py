@@ -21,8 +21,8 @@ from kvlink.quoting import shown
 from kvlink.terminal import progress, say, say_json
 
 _TABLES = (
-    "selection, quantization, combined, low-rank, spectrum, transfer, methods, masking, rate, overhead, "
-    "recipes or all"
+    "selection, quantization, combined, low-rank, spectrum, transfer, methods, masking, rate, second, cut, "
+    "overhead, recipes or all"
 )
 
 Table = Annotated[str, typer.Argument(help=f"{_TABLES}.")]

@@ -13,12 +13,14 @@ import typer
 from kvlink.cli.common import credentials, is_said, open_file, quiet, read_context, run, warn
 from kvlink.cli.kinds import File, Text
 from kvlink.cli.options import (
+    AllowText,
     Asked,
     Attention,
     Bits,
     Budget,
     Creds,
     Ctx,
+    Deadline,
     Device,
     Dtype,
     Insecure,
@@ -34,12 +36,13 @@ from kvlink.cli.options import (
     count,
     flag,
     option,
+    target_of,
 )
 from kvlink.defaults import ATTENTION, DEVICE, DTYPE, MODEL, NEW_TOKENS, SENDER
 from kvlink.files import Output
 from kvlink.quoting import shown
 from kvlink.receipt import Spoken, warnings_of
-from kvlink.recipe import DEFAULT_RECIPE, Target
+from kvlink.recipe import DEFAULT_RECIPE
 from kvlink.terminal import note, say, say_json, say_text
 
 KvlFile = Annotated[Path, typer.Argument(parser=File(), metavar="FILE", help="A .kvl file.")]
@@ -112,6 +115,8 @@ def fetch(
     bits: Bits = None,
     quality: Quality = None,
     verify: Verify = False,
+    deadline: Deadline = None,
+    allow_text: AllowText = False,
     creds: Creds = None,
     insecure: Insecure = False,
     as_json: Json = False,
@@ -126,7 +131,9 @@ def fetch(
 
     target = Output(out)
     at, proof = Handle.parse(handle), credentials(creds, insecure)
-    wanted = Fetch(at.context_id, question, recipe, Target(budget or 0, bits or 0.0, quality or 0.0, verify))
+    wanted = Fetch(
+        at.context_id, question, recipe, target_of(budget, bits, quality, verify, deadline, allow_text)
+    )
 
     async def work(sink: Writable) -> tuple[bytes, int, int]:
         first, count, size = b"", 0, write_frames((), sink)
@@ -153,6 +160,7 @@ def pack(
     bits: Bits = None,
     quality: Quality = None,
     verify: Verify = False,
+    deadline: Deadline = None,
     model: Model = MODEL,
     device: Device = DEVICE,
     dtype: Dtype = DTYPE,
@@ -165,7 +173,7 @@ def pack(
 
     output = Output(out, reads=(context, model))
     text = read_context(context)
-    target = Target(budget or 0, bits or 0.0, quality or 0.0, verify)
+    target = target_of(budget, bits, quality, verify, deadline)
     from kvlink.agent.sender import Sender
 
     quiet()

@@ -23,6 +23,8 @@ from kvlink.cli.kinds import (
     Text,
     Whole,
 )
+from kvlink.payload import DEADLINE_MS
+from kvlink.recipe import Target
 
 
 def option(name: str, kind: Kind, help: str, *more: str, default: Any = None) -> Any:
@@ -80,6 +82,17 @@ Quality = Annotated[
     ),
 ]
 Verify = Annotated[bool, flag("verify", "Check the message before it leaves; make it finer until it passes.")]
+Deadline = Annotated[
+    float | None,
+    option(
+        "deadline",
+        Real(most=DEADLINE_MS / 1e3, above=True),
+        "Seconds after which what has come is enough; positions come in order of importance.",
+    ),
+]
+AllowText = Annotated[
+    bool, flag("allow-text", "With --deadline: where nothing can be used by then, the text comes instead.")
+]
 SenderAt = Annotated[str, option("sender", AddressText(), "AddressText of the sender.")]
 ReceiverAt = Annotated[str, option("receiver", AddressText(), "AddressText of the receiver.")]
 Listen = Annotated[
@@ -98,6 +111,18 @@ MetricsAt = Annotated[
 TraceTo = Annotated[str, option("trace-to", Text("url"), "URL that takes spans: OTLP over HTTP.")]
 Out = Annotated[Path, option("out", File(), "The .kvl file to write.", "-o")]
 Asked = Annotated[str, option("question", Text(), "The question that the selection serves.")]
+
+
+def target_of(
+    budget: int | None,
+    bits: float | None,
+    quality: float | None,
+    verify: bool,
+    deadline: float | None = None,
+    allow_text: bool = False,
+) -> Target:
+    """What these options ask of a transfer. Raises RecipeError."""
+    return Target(budget or 0, bits or 0.0, quality or 0.0, verify, deadline or 0.0, allow_text)
 
 
 def count(name: str, help: str, least: int = 1, most: int = MOST_COUNT) -> Any:

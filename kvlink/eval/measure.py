@@ -9,9 +9,11 @@ Does not know: tables, files, other processes. Place on the path: all of it, wit
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,14 +24,15 @@ from kvlink.agent.sender import Context, Look, Sender, Transfer, evidence_key
 from kvlink.cache import KVCache
 from kvlink.codecs import LowRank
 from kvlink.compress.select import choose_positions
-from kvlink.errors import ContextError
+from kvlink.errors import ContextError, TruncatedError
 from kvlink.eval.items import Item, Query, Shift
 from kvlink.eval.rows import Outcome
 from kvlink.eval.score import exact_match, f1
 from kvlink.eval.tables import SPECTRUM_SHARE, Case
 from kvlink.model.generate import Answer, answer, divergence, logits_along
 from kvlink.model.loading import LanguageModel
-from kvlink.recipe import Recipe
+from kvlink.payload import DEADLINE_MS
+from kvlink.recipe import Recipe, Target
 
 _CLEAR_MARGIN = 0.5
 """Of log-probabilities; reading tokens together or one by one moves BF16 logits by less than half of it."""
@@ -52,6 +55,7 @@ class _Room:
     context: Context
     references: dict[Shift, _Reference]
     looks: dict[tuple[Any, ...], Look]
+    frames: dict[tuple[str, bool], tuple[bytes, ...]] = field(default_factory=dict)
 
 
 class Bench:
@@ -86,6 +90,8 @@ class Bench:
                 out[case.key] = self._spectrum(room)
             elif case.kind == "masked":
                 out[case.key] = self._masked(room, recipe, case)
+            elif case.cut < 1:
+                out[case.key] = self._cut(room, recipe, case)
             else:
                 packed = packed or self._transfer(room, recipe)
                 pair = packed if case.kind == "answer" else self._second(room, case, recipe, *packed)
@@ -150,6 +156,45 @@ class Bench:
             kept_tokens=receipt.kept_tokens or receipt.context_tokens,
             more=_energy(room.context.cache, held.cache) if isinstance(recipe.codec, LowRank) else {},
         )
+
+    def _cut(self, room: _Room, recipe: Recipe, case: Case) -> Outcome:
+        """Answer from what has closed when a share of the transfer's bytes has come.
+
+        `answered`: 1, or 0 where nothing has closed. `kept_share`: of the context's positions.
+        """
+        own = self._reference(room, case.shift)
+        frames = self._cuttable(room, recipe, case.tiers)
+        ends = list(itertools.accumulate(len(frame) for frame in frames))
+        came = frames[: bisect.bisect_right(ends, case.cut * ends[-1])]
+        size = sum(map(len, came))
+        try:
+            held = self._receiver.receive(came, partial=True)
+        except TruncatedError:
+            nothing = Answer("", (), 0.0, 0.0)
+            outcome = self._judge(room, own, nothing, own.log_probs)
+            return replace(
+                outcome, agrees=False, wire_bytes=size, kept_tokens=0, kl=None, kl_most=None,
+                more={"answered": 0.0, "kept_share": 0.0},
+            )  # fmt: skip
+        told = self._receiver.answer(held, own.query.question)
+        log_probs = self._along(held.cache, own.query.question, own.answer)
+        return replace(
+            self._judge(room, own, told, log_probs),
+            wire_bytes=size,
+            bits_per_element=8 * size / held.receipt.element_count,
+            ttft_s=told.first_token_s,
+            kept_tokens=held.receipt.kept_tokens,
+            more={"answered": 1.0, "kept_share": held.receipt.kept_share},
+        )
+
+    def _cuttable(self, room: _Room, recipe: Recipe, tiers: bool) -> tuple[bytes, ...]:
+        """The frames of a transfer, packed once a context."""
+        key = (str(recipe), tiers)
+        if key not in room.frames:
+            target = Target(deadline_s=DEADLINE_MS / 1e3) if tiers else None
+            packed = self._sender.pack(room.context, room.item.question, recipe, target)
+            room.frames[key] = packed.frames
+        return room.frames[key]
 
     def _judge(self, room: _Room, own: _Reference, told: Answer, log_probs: Tensor) -> Outcome:
         """Scores and divergence of an answer; what travelled is filled in by the caller."""

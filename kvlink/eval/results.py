@@ -44,6 +44,8 @@ def _sum_up(record: Record, case: Case) -> Row | None:
         row = replace(row, more={**row.more, "variant": header.get("variant", "plain")})
     if case.kind in ("whole", "added"):
         return replace(row, mode=case.kind)
+    if case.cut < 1:
+        row = replace(row, more={**row.more, "cut": case.cut, "order": case.order})
     if case.kind == "answer":
         return row
     # Nothing travels: there are no bytes and no time to speak of.

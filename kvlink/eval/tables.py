@@ -39,6 +39,9 @@ RATE_TIERS = tuple(
     f"q2c+draft@{amount} transform=0.5 rest={rest}" for amount, rest in ((0.25, 2), (0.25, 4), (0.1, 2))
 )
 
+CUT_RECIPES = ("transform=1", "q2c+draft@0.25 transform=0.5 rest=2")
+CUTS = (0.1, 0.25, 0.5, 0.75)
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -47,17 +50,27 @@ class Case:
     `kind`: `answer` sends the cache by the recipe and answers the question of that `shift`; `whole` sends it
     anew for that question, `added` what the first transfer lacks for it; `masked` hides the dropped positions
     in the full cache instead, `zeroed` or not; `spectrum` looks at the singular values of the full cache.
+    `cut`: share of the transfer's bytes after which the line is cut, 1 for none; `tiers`: packed within a
+    deadline, positions in order of importance.
     """
 
     recipe: str
     shift: Shift = "same"
     kind: Kind = "answer"
     zeroed: bool = False
+    cut: float = 1.0
+    tiers: bool = False
+
+    @property
+    def order(self) -> str:
+        """How its segments come, in words."""
+        return "tiers" if self.tiers else "at once"
 
     @property
     def key(self) -> str:
         """Its name in a run's record."""
-        return f"{self.kind}{'+zero' if self.zeroed else ''} | {self.recipe} | {self.shift}"
+        cut = f" | cut at {self.cut:g}, {self.order}" if self.cut < 1 else ""
+        return f"{self.kind}{'+zero' if self.zeroed else ''} | {self.recipe} | {self.shift}{cut}"
 
 
 def _selection(methods: Sequence[str]) -> list[Case]:
@@ -129,6 +142,15 @@ def _rate(methods: Sequence[str]) -> list[Case]:
     return cases + [Case(recipe, "unrelated") for recipe in compared]
 
 
+def _cut(methods: Sequence[str]) -> list[Case]:
+    return [
+        Case(recipe, cut=cut, tiers=tiers)
+        for recipe in CUT_RECIPES
+        for tiers in (True, False)
+        for cut in CUTS
+    ]
+
+
 _MAKERS = {
     "selection": _selection,
     "quantization": _quantization,
@@ -140,8 +162,9 @@ _MAKERS = {
     "masking": _masking,
     "rate": _rate,
     "second": _second,
+    "cut": _cut,
 }
-QUESTION_TABLES = tuple(name for name in _MAKERS if name not in ("rate", "second"))
+QUESTION_TABLES = tuple(name for name in _MAKERS if name not in ("rate", "second", "cut"))
 TABLES = (*_MAKERS, "overhead", "all")
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import secrets
 import sys
+import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,8 +19,9 @@ from typing import Any
 import grpc
 from blake3 import blake3
 
-from kvlink.errors import KvlinkError, PeerUnavailableError, RemoteProtocolError
+from kvlink.errors import DeadlineError, KvlinkError, PeerUnavailableError, RemoteProtocolError
 from kvlink.payload import TurnLike, turns_from
+from kvlink.recipe import Target
 from kvlink.transport import convert
 from kvlink.transport.api import Ask, Delivery, Fetch, FrameSource, Piece, Progress, Published, PushStatus
 from kvlink.transport.channel import QUICK_S, Client, error_of
@@ -40,6 +43,14 @@ class _Frames:
 
     async def frame(self, number: int) -> bytes | None:
         return self._frames[number] if number < self.count else None
+
+
+def _names_deadline(first_frame: bytes) -> bool:
+    """Whether a transfer may end early. What is no manifest the receiver refuses."""
+    session = ReceiveSession(keep=False)
+    with contextlib.suppress(KvlinkError):
+        session.receive(first_frame)
+    return bool(session.manifest and session.manifest.deadline_ms)
 
 
 class ReceiverClient(Client):
@@ -67,12 +78,13 @@ class ReceiverClient(Client):
             timeout=timeout_s or self.timeout_s, metadata=self._shown(readers, asked_by)
         )
         source = _Frames(frames) if isinstance(frames, Sequence) else frames
-        expected = Pushing(lambda: source.count, fresh)
+        first = await source.frame(0) or b""
+        expected = Pushing(lambda: source.count, fresh, _names_deadline(first))
         told: asyncio.Queue[PushStatus | int | Exception | None] = asyncio.Queue()
         writer: asyncio.Task[None] | None = None
         reader = asyncio.create_task(self._listen(call, expected, told))
         try:
-            await call.write(receiver_pb2.PushCacheRequest(frame=await source.frame(0) or b""))
+            await call.write(receiver_pb2.PushCacheRequest(frame=first))
             while (item := await told.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
@@ -232,8 +244,36 @@ class SenderClient(Client):
         request = convert.request(sender_pb2.UnpublishContextRequest, context_id=context_id)
         await self._unary("UnpublishContext", request, QUICK_S)
 
-    async def fetch(self, fetch: Fetch, asked_by: str = "") -> AsyncGenerator[bytes, None]:
+    async def fetch(
+        self, fetch: Fetch, asked_by: str = "", *, early: bool = True
+    ) -> AsyncGenerator[bytes, None]:
         """The frames of a published context, each checked as a receiver would before it is handed out.
+
+        With a deadline they are handed out a segment at a time, and end with the last one that has closed by then;
+        where none has, the text comes if that is allowed. `early` False: whoever takes the frames looks at the clock.
+        Raises DeadlineError where there is nothing to hand out, and what `_fetch` raises.
+        """
+        handed = False
+        try:
+            async with contextlib.aclosing(self._fetch(fetch, asked_by, early)) as frames:
+                async for frame in frames:
+                    handed = True
+                    yield frame
+            return
+        except DeadlineError:
+            if handed or not (early and fetch.target.allow_text):
+                raise
+        as_text = replace(fetch, recipe="text", target=Target(), transfer_id=b"", base_digest=b"")
+        # A connection of its own: what is still under way on this one would hold the text up.
+        async with (
+            copy.copy(self) as fresh,
+            contextlib.aclosing(fresh._fetch(as_text, asked_by, early)) as frames,
+        ):
+            async for frame in frames:
+                yield frame
+
+    async def _fetch(self, fetch: Fetch, asked_by: str, early: bool) -> AsyncGenerator[bytes, None]:
+        """The frames of one transfer.
 
         A stream that breaks goes on at the next frame. Raises what a receiving session raises: the first
         frame that is none ends it, and so does a stream without an end.
@@ -251,6 +291,8 @@ class SenderClient(Client):
             base_digest=fetch.base_digest,
         )
         left = fetch.target.budget_bytes or sys.maxsize
+        began, open_segment, size = time.monotonic(), list[bytes](), 0
+        deadline_s = fetch.target.deadline_s if early else 0.0
 
         async def frames() -> AsyncGenerator[bytes, None]:
             calls = self._messages("FetchCache", request, bulk=True, asked_by=asked_by)
@@ -260,11 +302,27 @@ class SenderClient(Client):
                         yield message.frame
 
         async with contextlib.aclosing(self._again(frames)) as found:
-            async for frame in found:
-                left -= len(frame)
-                self._take(session, frame, request.transfer_id, left)
+            while True:
+                left_s = began + deadline_s - time.monotonic() if deadline_s else None
+                try:
+                    frame = await asyncio.wait_for(anext(found), left_s)
+                except StopAsyncIteration:
+                    break
+                except TimeoutError:
+                    if session.closed:
+                        return  # what was handed out is enough
+                    raise DeadlineError(
+                        f"{self.address}: the deadline of {deadline_s:g} s has passed: {session.next_sequence} "
+                        f"frames of {size:,} bytes came, no segment has closed"
+                    ) from None
+                closed, size = len(session.closed), size + len(frame)
+                self._take(session, frame, request.transfer_id, left - size)
                 request.next_sequence = session.next_sequence
-                yield frame
+                open_segment.append(frame)
+                if not deadline_s or len(session.closed) > closed or session.state == "done":
+                    for ready in open_segment:
+                        yield ready
+                    open_segment.clear()
         session.close()
 
     def _take(self, session: ReceiveSession, frame: bytes, transfer_id: bytes, left: int) -> None:

@@ -25,12 +25,13 @@ class Pushing:
     """A transfer on its way to a receiver; `count()`: its frames, None while that is not known.
 
     `fresh`: nothing of it was ever sent, so that the receiver can have nothing but what it gets now.
+    `early`: its manifest names a deadline, at which the receiver may have enough.
     `begun`: the last frame whose sending has begun; whoever writes frames says so before each.
     """
 
-    def __init__(self, count: Callable[[], int | None], fresh: bool = False) -> None:
+    def __init__(self, count: Callable[[], int | None], fresh: bool = False, early: bool = False) -> None:
         self._count = count
-        self._fresh = fresh
+        self._fresh, self._early = fresh, early
         self._durable = 0
         self._over = False
         self.begun = 0
@@ -52,6 +53,8 @@ class Pushing:
             return self._kept(status.next_sequence)
         if status.state == "complete":
             return self._complete(status)
+        if status.state == "enough" and self._early:
+            return self._enough(status)
         raise RemoteProtocolError(f"the receiver says {status.state} in a stream that takes frames")
 
     def _accepted(self, number: int) -> bool:
@@ -89,6 +92,20 @@ class Pushing:
             )
         if not status.cache_id:
             raise RemoteProtocolError("the receiver says complete and names no cache")
+        self._over = True
+        return True
+
+    def _enough(self, status: PushStatus) -> bool:
+        there = not self.begin_at and not self._fresh
+        count, number = self._count(), status.next_sequence
+        most = count if there else self.begun + 1
+        if number < 2 or (most is not None and number > most):
+            raise RemoteProtocolError(
+                f"the receiver has enough of the frames before {number}; "
+                f"expected from 2 to {most}, which is what was sent"
+            )
+        if not status.cache_id:
+            raise RemoteProtocolError("the receiver says enough and names no cache")
         self._over = True
         return True
 

@@ -57,10 +57,11 @@ class PullLink(Protocol):
 
     async def capabilities(self) -> Capabilities: ...
 
-    def fetch(self, fetch: Fetch, asked_by: str = "") -> AsyncGenerator[bytes, None]:
+    def fetch(self, fetch: Fetch, asked_by: str = "", *, early: bool = True) -> AsyncGenerator[bytes, None]:
         """The frames of a published context, each checked as a receiver would before it is handed out.
 
-        `asked_by`: for whom it is, who must be allowed to use the context too.
+        `asked_by`: for whom it is, who must be allowed to use the context too. `early`: with a deadline, end with
+        the last segment that has closed by then; else whoever takes the frames looks at the clock.
         """
         ...
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from kvlink.agent.outbox import Outbox
+from kvlink.agent.requests import request_digest
 from kvlink.agent.sender import Sender
-from kvlink.agent.sender_service import request_digest
 from kvlink.agent.staging import Staging
 from kvlink.agent.transfer import Transfer
 from kvlink.errors import BusyError, CodecError, LimitError, NotFoundError, RemoteProtocolError
