@@ -11,19 +11,25 @@ select and frame at the sender, between deframe and the builder at the receiver.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvlink.cache import DTYPES, KVCache, LayerCache
-from kvlink.codecs import Codec
+from kvlink.codecs import CODECS, Codec
 from kvlink.codecs.base import SIDES
-from kvlink.compress.codecs import CodecContext, Place, decode_tensor, encode_tensor
+from kvlink.compress.codecs import CodecContext, Place
 from kvlink.compress.positions import encode_map, position_sets
 from kvlink.errors import CodecError
 from kvlink.payload import Adds, CacheShape, EncodedTensor, Group, Part, Segment, SegmentHeader
 from kvlink.recipe import Coder
+
+_NAMES = {codec: name for name, codec in CODECS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,7 @@ def encode_groups(plan: SegmentPlan, coder: Coder, context: CodecContext | None 
 
 def _encode_layer(layer: LayerCache, index: int, codec: Codec, coder: Coder, context: CodecContext) -> Group:
     coded = [
-        encode_tensor(codec, tensor, Place(index, side, layer.positions), coder, context)
+        _encode_tensor(codec, tensor, Place(index, side, layer.positions), coder, context)
         for side, tensor in zip(SIDES, (layer.keys, layer.values), strict=True)
     ]
     parts: tuple[Part, ...] = tuple(part for tensor in coded for part in tensor.parts)
@@ -108,10 +114,50 @@ def decode_layer(
         count = len(codec.part_sizes(layer, side, size, shape.element_bytes, width))
         coded = EncodedTensor(layer, side, size, width, tuple(parts[:count]))
         del parts[:count]
-        sides.append(decode_tensor(codec, coded, Place(layer, side, positions), DTYPES[shape.dtype], context))
+        sides.append(
+            _decode_tensor(codec, coded, Place(layer, side, positions), DTYPES[shape.dtype], context)
+        )
     if parts:
         raise CodecError(f"layer {layer}: {len(parts)} parts more than keys and values have")
     return LayerCache(sides[0], sides[1], positions, layer in dict(shape.whole_layers))
+
+
+@functools.cache
+def _arithmetic(codec: type[Codec]) -> Any:
+    """The module of a codec of the table."""
+    return importlib.import_module(f"kvlink.compress.codecs.{_NAMES[codec]}")
+
+
+def _encode_tensor(
+    codec: Codec, tensor: Tensor, place: Place, coder: Coder, context: CodecContext
+) -> EncodedTensor:
+    """The parts of a `[H, K, D]` tensor. Raises CodecError, saying where, for numbers that the codec cannot
+    carry."""
+    heads, kept, size = tensor.shape
+    try:
+        scale_bytes, parts = _arithmetic(type(codec)).encode(codec, tensor, place, coder, context)
+    except CodecError as error:
+        raise CodecError(f"layer {place.layer} {place.side}: {error}") from error
+    return EncodedTensor(place.layer, place.side, (heads, kept, size), scale_bytes, parts)
+
+
+def _decode_tensor(
+    codec: Codec, coded: EncodedTensor, place: Place, kind: torch.dtype, context: CodecContext
+) -> Tensor:
+    """The `[H, K, D]` tensor in `kind`. Raises CodecError, saying where, for parts that do not fit it."""
+    try:
+        if coded.scale_bytes not in (2, 4):
+            raise CodecError(f"expected 2 or 4 bytes a scale, found {coded.scale_bytes}")
+        expected = codec.part_sizes(place.layer, place.side, coded.shape, kind.itemsize, coded.scale_bytes)
+        found = [(part.kind, part.plain_bytes) for part in coded.parts]
+        if found != expected:
+            raise CodecError(f"expected parts {expected}, found {found}")
+        decoded: Tensor = _arithmetic(type(codec)).decode(
+            codec, coded.parts, coded.scale_bytes, place, kind, coded.shape, context
+        )
+        return decoded
+    except CodecError as error:
+        raise CodecError(f"layer {place.layer} {place.side}: {error}") from error
 
 
 def _codec(header: SegmentHeader) -> Codec:

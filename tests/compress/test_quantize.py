@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlink.codecs import Quantizer
-from kvlink.compress.quantize import dequantize, pack_bits, quantize, unpack_bits
+from kvlink.compress.codecs.quantized import dequantize, pack_bits, quantize, unpack_bits
 from kvlink.errors import CodecError
 
 BITS = (8, 4, 3, 2, 1)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kvlink.codecs import LowRank
 from kvlink.compress.codecs.base import CodecContext, Place
-from kvlink.compress.codecs.quantized import decode_matrix, encode_matrix
-from kvlink.compress.quantize import narrowed
+from kvlink.compress.codecs.quantized import decode_matrix, encode_matrix, narrowed
 from kvlink.errors import CodecError
 from kvlink.payload import Part
 from kvlink.recipe import Coder

@@ -19,7 +19,7 @@ from torch import Tensor
 from kvlink.codecs import Transform
 from kvlink.compress.codecs import rans
 from kvlink.compress.codecs.base import CodecContext, Place
-from kvlink.compress.quantize import narrowed
+from kvlink.compress.codecs.quantized import narrowed
 from kvlink.errors import CodecError
 from kvlink.payload import Part
 from kvlink.profile import octave_codes
