@@ -45,6 +45,8 @@ def say_receipt(receipt: Receipt) -> None:
     ]  # fmt: skip
     say_table("receipt", columns, ((*a, *b) for a, b in zip_longest(stages, kinds, fillvalue=("", ""))))
     kept = f"{receipt.kept_tokens} of {receipt.context_tokens} tokens" if receipt.kept_tokens else "text"
+    if 0 < receipt.kept_share < 1:
+        kept += f" in {receipt.segments} segments, {receipt.kept_share:.0%} of the positions"
     say(f"{kept}, {receipt.bits_per_element:.2f} bits per element, recipe {shown(receipt.recipe)}")
     say_certificate(receipt)
 

@@ -216,19 +216,22 @@ class Sender:
         clock.lap("select")
         return Look(evidence, draft, clock.stage_s)
 
-    def explain(self, context: Context, question: str, transfer: Transfer) -> Explanation:
-        """What `transfer` chose of the context, token by token, beside what the question needs.
+    def explain(
+        self, context: Context, question: str, transfer: Transfer, receipt: Receipt | None = None
+    ) -> Explanation:
+        """What `transfer` chose of the context, token by token, beside what the question needs. `receipt`: of what
+        was there when it was enough, where that is less than all.
 
         Captures evidence once more. Raises ContextError where the question is missing.
         """
-        shape, receipt = context.cache.shape, transfer.receipt
+        shape, receipt = context.cache.shape, receipt or transfer.receipt
         voting = Selection("q2c+draft", pool=1)
         look = self.look(context, question, voting)
         need = score(look.evidence, voting, shape)[0]
         kept = torch.ones(shape.tokens)
         recipe = transfer.manifest.recipe
-        chosen = recipe.selection
-        if recipe.prunes:
+        chosen = recipe.selection if recipe.selection.method != "all" else Selection("q2c")
+        if recipe.prunes or receipt.kept_share < 1:
             # The amount as it came out: a budget or a share of mass is a count by now.
             counted = replace(chosen, amount=Amount(receipt.kept_tokens, "count"))
             same = chosen.method == voting.method

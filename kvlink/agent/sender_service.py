@@ -286,7 +286,9 @@ class SenderService:
                 if delivery.answer_here:
                     own = (await to_thread(self._sender.answer, context, delivery.question)).text
                 if delivery.explain:
-                    told = await to_thread(self._sender.explain, context, delivery.question, transfer)
+                    told = await to_thread(
+                        self._sender.explain, context, delivery.question, transfer, receipt
+                    )
         yield Progress(total, total, True, status.cache_id, own, receipt, told)
 
     async def cancel_delivery(self, delivery_id: bytes, caller: Caller = NOBODY) -> None:

@@ -9,7 +9,7 @@ from kvlink.agent.receiver import Receiver
 from kvlink.agent.sender import Sender
 from kvlink.cache import Evidence
 from kvlink.compress.select import choose_positions, in_tiers
-from kvlink.errors import DeadlineError, RecipeError
+from kvlink.errors import DeadlineError, RecipeError, RemoteProtocolError
 from kvlink.payload import CacheShape
 from kvlink.recipe import Target
 from kvlink.selection import Amount, Selection
@@ -136,3 +136,36 @@ def test_a_budget_counts_the_tiers_too(sender, context):
 def test_a_deadline_that_cannot_be_is_refused(asked):
     with pytest.raises(RecipeError, match="deadline"):
         Target(**asked)
+
+
+class TestReceipts:
+    """What a sender says of a transfer that was enough: what it sent, and what had closed of it."""
+
+    def test_bytes_are_those_sent_and_positions_those_that_have_closed(self, sender, context):
+        transfer = sender.pack(context, QUESTION, "q2c@0.5 int8", HURRY)
+        first, second, *_ = after_each_segment(transfer.frames)
+        taken, sent = len(first) + 2, len(second) - 1
+        found = transfer.receipt_until(sent, taken)
+        held = Receiver(sender.lm).receive(first, partial=True).receipt
+        for name in ("segments", "kept_tokens", "kept_share", "cache_digest"):
+            assert getattr(found, name) == getattr(held, name), name
+        assert found.wire_bytes - found.bytes["grpc"] == sum(map(len, transfer.frames[:sent]))
+        assert found.wire_bytes < transfer.receipt.wire_bytes
+
+    def test_of_what_has_not_closed_nobody_can_have_enough(self, sender, context):
+        transfer = sender.pack(context, QUESTION, "q2c@0.5 int8", HURRY)
+        short = len(after_each_segment(transfer.frames)[0]) - 1
+        with pytest.raises(
+            RemoteProtocolError, match=f"enough of {short} frames, in which no segment closes"
+        ):
+            transfer.receipt_until(len(transfer.frames), short)
+
+    @pytest.mark.parametrize("recipe", ["q2c+draft@0.5 int8", "int8", "q2c@0.5 int8 rest=int2"])
+    def test_the_explanation_shows_what_was_there(self, sender, context, recipe):
+        transfer = sender.pack(context, QUESTION, recipe, HURRY)
+        (first, *_) = after_each_segment(transfer.frames)
+        held = Receiver(sender.lm).receive(first, partial=True)
+        told = sender.explain(context, QUESTION, transfer, held.receipt)
+        there = torch.zeros(context.cache.tokens)
+        there[held.cache.layers[0].positions[0]] = 1
+        assert told.kept == tuple(there.tolist())

@@ -159,3 +159,18 @@ def test_every_case_of_the_tables_can_be_measured(bench):
     for key, outcome in line["outcomes"].items():
         assert 0 <= outcome["f1"] <= 1, key
         assert outcome["kl"] >= 0, key
+
+
+def test_of_a_line_that_is_cut_what_has_closed_is_answered_from(bench, item):
+    """In one segment a cut is the end of it; in tiers more bytes are more positions."""
+    cuts = (0.1, 0.5, 0.9)
+    at_once = measured(bench, item, *(Case("int8", cut=cut) for cut in cuts))
+    assert [found["more"]["answered"] for found in at_once] == [0, 0, 0]
+    assert not any(found["agrees"] for found in at_once)
+    tiers = measured(bench, item, *(Case("int8", cut=cut, tiers=True) for cut in cuts))
+    shares = [found["more"]["kept_share"] for found in tiers]
+    assert 0 < shares[0] < shares[1] < shares[2] < 1
+    whole = measured(bench, item, Case("int8"))[0]["wire_bytes"]
+    assert [found["wire_bytes"] < cut * whole * 1.1 for found, cut in zip(tiers, cuts, strict=True)] == [
+        True
+    ] * 3

@@ -40,6 +40,15 @@ LIES = {
     "failed, in a stream that takes frames": [accepted(1), PushStatus("failed", 1)],
     "cancelled": [PushStatus("cancelled", 1)],
 }
+ENOUGH = PushStatus("enough", 5, "id")
+EARLY_LIES = {
+    "enough at once after accepting": [accepted(1), ENOUGH],
+    "enough of more than was sent": [accepted(1), 3, ENOUGH],
+    "enough of the manifest alone": [accepted(1), 5, PushStatus("enough", 1, "id")],
+    "enough without a cache": [accepted(1), 5, PushStatus("enough", 5)],
+    "enough twice": [accepted(1), 5, ENOUGH, ENOUGH],
+    "enough, then complete": [accepted(1), ALL, ENOUGH, COMPLETE],
+}
 FRESH_LIES = {
     "complete, though nothing was ever sent": [COMPLETE],
     "more than the first frame, though no more was ever sent": [accepted(2)],
@@ -66,6 +75,25 @@ def test_what_a_receiver_cannot_say_is_refused(name, fresh):
     play(pushing, before)
     with pytest.raises(RemoteProtocolError):
         play(pushing, [last])
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", EARLY_LIES)
+def test_what_a_receiver_cannot_have_enough_of_is_refused(name, fresh):
+    *before, last = EARLY_LIES[name]
+    pushing = Pushing(lambda: FRAMES, fresh, early=True)
+    play(pushing, before)
+    with pytest.raises(RemoteProtocolError):
+        play(pushing, [last])
+
+
+def test_enough_is_said_of_a_transfer_with_a_deadline_only():
+    play(Pushing(lambda: FRAMES, early=True), [accepted(1), 5, ENOUGH])
+    play(Pushing(lambda: FRAMES, early=True), [ENOUGH])  # of one that was tried before
+    with pytest.raises(RemoteProtocolError, match="says enough in a stream that takes frames"):
+        play(Pushing(lambda: FRAMES), [accepted(1), 5, ENOUGH])
+    with pytest.raises(RemoteProtocolError):
+        play(Pushing(lambda: FRAMES, fresh=True, early=True), [ENOUGH])
 
 
 @pytest.mark.parametrize("name", FRESH_LIES)
