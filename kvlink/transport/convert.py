@@ -16,7 +16,7 @@ from kvlink.receipt import Capabilities, Certificate, Receipt, Spoken
 from kvlink.recipe import Target
 from kvlink.texts import whole
 from kvlink.transport.address import check_advertised
-from kvlink.transport.api import Explanation, PushState, PushStatus
+from kvlink.transport.api import Explanation, Fetch, PushState, PushStatus
 from kvlink.v1 import common_pb2, receiver_pb2, sender_pb2, wire_pb2
 from kvlink.wire import mapping
 from kvlink.wire.messages import (
@@ -66,6 +66,17 @@ def target_to_proto(target: Target) -> common_pb2.Target:
 def target_from_proto(message: common_pb2.Target) -> Target:
     """Raises RecipeError where it asks for what cannot be."""
     return cast(Target, mapping.read(message, Target))
+
+
+def fetch_to_proto(fetch: Fetch) -> sender_pb2.FetchCacheRequest:
+    """Raises ContextError, ConfigError for one that no message can hold."""
+    return request(
+        sender_pb2.FetchCacheRequest,
+        **{
+            **{f.name: getattr(fetch, f.name) for f in fields(fetch)},
+            "target": target_to_proto(fetch.target),
+        },
+    )
 
 
 def receipt_to_proto(receipt: Receipt) -> common_pb2.Receipt:

@@ -60,8 +60,10 @@ class PullLink(Protocol):
     def fetch(self, fetch: Fetch, asked_by: str = "", *, early: bool = True) -> AsyncGenerator[bytes, None]:
         """The frames of a published context, each checked as a receiver would before it is handed out.
 
-        `asked_by`: for whom it is, who must be allowed to use the context too. `early`: with a deadline, end with
-        the last segment that has closed by then; else whoever takes the frames looks at the clock.
+        With a deadline they are handed out a segment at a time, and end with the last one that has closed by
+        then; where none has, the text comes if that is allowed. `early` False: whoever takes the frames looks
+        at the clock. `asked_by`: for whom it is, who must be allowed to use the context too. Raises what a
+        receiving session raises, and DeadlineError where there is nothing to hand out.
         """
         ...
 

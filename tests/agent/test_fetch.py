@@ -104,7 +104,18 @@ async def fetched(answer: Iterable[bytes]) -> tuple[int, Exception | None, int]:
     return got, ended, sent[0]
 
 
-@pytest.mark.parametrize("name", LIES)
+OVER_SOCKETS = (
+    "zeros",
+    "nothing, again and again",
+    "no end",
+    "nothing at all",
+    "a frame of 5 MB",
+    "another transfer",
+)
+"""The others say the same over any link: `test_links` has all of them, in memory."""
+
+
+@pytest.mark.parametrize("name", OVER_SOCKETS)
 async def test_what_is_no_transfer_ends_the_fetch_at_its_first_frame(name, frames):
     lie, error, most = LIES[name]
     got, ended, _ = await fetched(lie(frames))
