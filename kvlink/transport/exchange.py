@@ -61,7 +61,7 @@ async def push(
     expected = Pushing(lambda: source.count, fresh, _names_deadline(first))
     told: asyncio.Queue[PushStatus | int | Exception | None] = asyncio.Queue()
     writer: asyncio.Task[None] | None = None
-    reader = asyncio.create_task(_listen(stream, expected, peer, told))
+    reader = asyncio.create_task(_listen(stream, source, expected, peer, told))
     try:
         await stream.write(first)
         while (item := await told.get()) is not None:
@@ -78,10 +78,14 @@ async def push(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _listen(stream: PushStream, expected: Pushing, peer: str, told: asyncio.Queue[Any]) -> None:
+async def _listen(
+    stream: PushStream, source: FrameSource, expected: Pushing, peer: str, told: asyncio.Queue[Any]
+) -> None:
     """Put what the receiver says into `told`, then None, or the error that ended the stream."""
     try:
         async for status in stream.statuses():
+            if status.state == "complete" and source.count is None and expected.begin_at:
+                await source.frame(expected.begun + 1)  # the last frame is known as such when none follows
             try:
                 news = expected.told(status)
             except RemoteProtocolError as error:

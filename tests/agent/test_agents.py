@@ -281,7 +281,7 @@ async def test_deleted_caches_are_gone(pair):
             "more than the model's window of 512",
         ),
         ({"text": "word " * 3000}, ContextError, "the model's window 512"),
-        ({"receiver": "10.1.2.3:50052"}, AccessError, "not in this sender's peer list"),
+        ({"receiver": "10.1.2.3:50052"}, AccessError, "not in this agent's peer list"),
         ({"receiver": "nonsense"}, ConfigError, "expected an address"),
         ({"receiver": "10.0.0.1:1"}, AccessError, "peer list"),
         ({"context_id": "unknown"}, NotFoundError, "no context"),

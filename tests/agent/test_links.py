@@ -16,7 +16,7 @@ from kvlink.agent.sender_service import SenderService
 from kvlink.agent.settings import SenderSettings
 from kvlink.errors import ConfigError, InputError, PeerUnavailableError, RemoteProtocolError, TruncatedError
 from kvlink.receipt import Capabilities
-from kvlink.transport.api import Caller, Delivery, Fetch, PushStatus
+from kvlink.transport.api import Caller, Delivery, Fetch, FrameSource, PushStatus
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.file import FileLink
 from kvlink.transport.link import PushLink
@@ -53,7 +53,7 @@ async def link_to(kind: str, **handler: Any) -> AsyncIterator[Any]:
     await server.stop(0)
 
 
-async def pushed(link: PushLink, frames: Sequence[bytes]) -> tuple[list[int], PushStatus]:
+async def pushed(link: PushLink, frames: Sequence[bytes] | FrameSource) -> tuple[list[int], PushStatus]:
     """Numbers of the frames that left, and the last status."""
     items = [item async for item in link.push(frames)]
     return [item for item in items if isinstance(item, int)], [i for i in items if isinstance(i, PushStatus)][
@@ -91,6 +91,30 @@ async def test_a_push_that_is_left_after_any_frame_goes_on_there(sender, frames,
         expected = expected or found
         assert found == expected
         service.delete_cache(last.cache_id)
+
+
+class Late:
+    """A source that knows its last frame for the last one only once the receiver has said complete."""
+
+    def __init__(self, frames: Sequence[bytes], service: ReceiverService) -> None:
+        self._frames, self._service = frames, service
+        self.count: int | None = None
+
+    async def frame(self, number: int) -> bytes | None:
+        if number < len(self._frames):
+            return self._frames[number]
+        while not len(self._service.store):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        self.count = len(self._frames)
+        return None
+
+
+async def test_a_receiver_that_is_faster_than_the_end_of_the_packing_is_believed(sender, frames):
+    service = ReceiverService(Receiver(sender.lm))
+    async with link_to("memory", receiver=service) as link:
+        _, last = await pushed(link, Late(frames, service))
+    assert last.state == "complete"
 
 
 class CutStream(MemoryStream):

@@ -234,7 +234,7 @@ async def test_the_other_end_must_be_who_it_is_taken_for(network):
 async def test_nobody_dials_or_shows_a_token_to_an_address_that_is_not_listed(network):
     with pytest.raises(AccessError, match="not dialled, and shown nothing"):
         ReceiverClient("127.0.0.1:9", network.credentials("anna"))
-    with pytest.raises(AccessError, match="not in this sender's peer list"):
+    with pytest.raises(AccessError, match="not in this agent's peer list"):
         async with network.sender_as("anna") as source:
             [p async for p in source.deliver(Delivery("127.0.0.1:9", QUESTION, "int8", text=TEXT))]
 
