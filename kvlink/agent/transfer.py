@@ -65,7 +65,7 @@ class Transfer:
         self._chunk_bytes, self._on_closed = chunk_bytes, on_closed
         self._made: list[bytes] = []
         self._most_bytes = 0
-        self._kept = True
+        self._kept, self._ended = True, False
         self._error: Exception | None = None
         self._source: Iterator[bytes] | None = self._pack(outlines)
         self._lock = threading.Lock()
@@ -199,11 +199,11 @@ class Transfer:
             return
         try:
             self._made.append(next(self._source))
-        except StopIteration:
-            self._source = None
         except Exception as error:
             self._error = error
             raise
+        if self._ended:
+            self._source = None
 
     def _pack(self, outlines: Sequence[Outline]) -> Iterator[bytes]:
         session, sizes = SendSession(self.manifest, self._chunk_bytes), list[int]()
@@ -221,16 +221,20 @@ class Transfer:
                 yield from session.segment(header, map(counted, clock.over(groups)))
                 if self._on_closed is not None:
                     self._on_closed(count, session.cache_digest)
-            yield session.end()
 
         for frame in frames():
             sizes.append(len(frame))
             yield frame
+        last = session.end()
+        sizes.append(len(last))
         self._most_bytes = sum(sizes)
         told = self._receipt.with_stages(encode=self._receipt.stage_s.get("encode", 0.0) + clock.seconds)
         self._receipt = replace(
             told, bytes=count_bytes(sizes, kinds), cache_digest=session.cache_digest.hex()
         )
+        # Before anybody asks for another frame: a receiver may answer this one sooner.
+        self._ended = True
+        yield last
 
 
 def reported(outlines: Sequence[Outline], shape: CacheShape, progress: OnProgress) -> list[Outline]:

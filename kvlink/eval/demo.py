@@ -17,6 +17,7 @@ from typing import Any
 
 from kvlink.errors import PeerUnavailableError
 from kvlink.eval.items import Item
+from kvlink.eval.passages import UNKNOWN
 from kvlink.eval.processes import agent
 from kvlink.eval.questions import from_file, load_items, prose
 from kvlink.eval.rows import Outcome, Row, summarise
@@ -173,7 +174,7 @@ def _sum_up(items: Sequence[Item], model: str, seed: int, outcomes: dict[str, li
             report.failures.append(
                 f"{row.recipe} agrees with the sender's own answers on {row.agreement:.1%}, expected {need:.0%}"
             )
-    for index in [*range(min(2, len(items))), len(items) - 1]:
+    for index in _shown(items):
         item = items[index]
         report.examples.append(
             {
@@ -184,3 +185,12 @@ def _sum_up(items: Sequence[Item], model: str, seed: int, outcomes: dict[str, li
             }
         )
     return report
+
+
+def _shown(items: Sequence[Item]) -> list[int]:
+    """Which questions are shown as examples: of each source the first two that their context answers."""
+    found: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        if item.answers[0] != UNKNOWN:
+            found.setdefault(item.source, []).append(index)
+    return [index for indices in found.values() for index in indices[:2]]

@@ -80,6 +80,17 @@ def test_what_is_streamed_to_a_file_is_the_transfer_and_is_not_kept(random_lm):
     assert receiver.answer(receiver.read_file(out), QUESTION).text
 
 
+def test_a_transfer_is_packed_with_its_last_frame(random_lm):
+    """A receiver may say that it is complete before anybody asks for a frame behind it."""
+    sender = Sender(random_lm("qwen2", "bfloat16"))
+    context = sender.read(TEXT)
+    count = len(sender.pack(context, QUESTION, "int8").frames)
+    transfer = sender.pack(context, QUESTION, "int8")
+    assert transfer.frame(count - 2) and not transfer.is_packed
+    assert transfer.frame(count - 1) and transfer.is_packed
+    assert transfer.frame(count) is None and transfer.receipt.wire_bytes
+
+
 def test_before_it_is_packed_a_transfer_says_the_most_that_it_can_be(random_lm):
     sender = Sender(random_lm("qwen2", "bfloat16"))
     context = sender.read(TEXT)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvlink.errors import ConfigError, ContextError
+from kvlink.eval.demo import _shown, choose_items
 from kvlink.eval.items import SHIFTS, Query
 from kvlink.eval.passages import UNKNOWN, lexicon, make_passage
 from kvlink.eval.questions import (
@@ -285,3 +286,11 @@ def test_padding_puts_the_passage_among_others():
     assert item.context not in distractors("generated:1", 1)
     with pytest.raises(ContextError, match="not enough other passages to pad a context to 100000 tokens"):
         padded(item, rest, lambda text: len(text.split()), 100_000, seed=3)
+
+
+def test_the_examples_of_the_demo_are_questions_that_have_an_answer():
+    items = choose_items("generated", 20, 7)
+    assert items[0].answers[0] == UNKNOWN, "the first question has none"
+    found = [items[index] for index in _shown(items)]
+    assert [item.source for item in found] == ["generated"] * 2 + ["prose"] * 2
+    assert all(item.answers[0] != UNKNOWN for item in found)
