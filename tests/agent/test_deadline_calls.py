@@ -10,6 +10,7 @@ import pytest
 
 from kvlink.agent.receiver import Receiver
 from kvlink.errors import DeadlineError, TruncatedError
+from kvlink.receipt import Receipt
 from kvlink.recipe import Target
 from kvlink.transport.api import Ask, Delivery, Fetch, Progress
 from kvlink.transport.client import ReceiverClient, SenderClient
@@ -19,7 +20,7 @@ from tests.relay import Relay, relay
 
 ID = b"0123456789abcdef"
 DEADLINE_S = 2.0
-NEVER_S, IN_PART_S = 60 * DEADLINE_S, 3 * DEADLINE_S
+NEVER_S, IN_PART_S = 30 * DEADLINE_S, 3 * DEADLINE_S
 """Seconds that the whole transfer takes on a line: too long for the first segment, and for the last one."""
 
 
@@ -138,3 +139,30 @@ class TestFetch:
         async with self.frames(agents, NEVER_S, allow_text=True) as frames:
             held = Receiver(random_lm("qwen2", "bfloat16")).receive(frames)
             assert held.receipt.recipe == "text"
+
+
+class TestHandle:
+    """A receiver that redeems a handle itself looks at its own clock."""
+
+    async def asked(self, agents: Agents, whole_s: float, **target) -> Receipt:
+        async with SenderClient(agents.sender) as direct:
+            published = await direct.publish(TEXT)
+        async with line(agents.sender, agents, whole_s, back=True) as wire:
+            ask = Ask(
+                "", QUESTION, handle=f"kvlink://127.0.0.1:{wire.port}/{published.context_id}", recipe="raw",
+                target=Target(deadline_s=DEADLINE_S, **target),
+            )  # fmt: skip
+            async with ReceiverClient(agents.receiver) as target_agent:
+                pieces = [piece async for piece in target_agent.generate(ask)]
+        assert "".join(piece.text for piece in pieces)
+        return pieces[-1].receipt
+
+    async def test_it_answers_from_what_has_closed(self, agents):
+        told = await self.asked(agents, IN_PART_S)
+        assert 0 < told.kept_share < 0.9
+        assert 1 <= told.segments < 5
+
+    async def test_with_nothing_closed_from_the_text_where_it_is_allowed(self, agents):
+        with pytest.raises(DeadlineError, match="no segment has closed"):
+            await self.asked(agents, NEVER_S)
+        assert (await self.asked(agents, NEVER_S, allow_text=True)).recipe == "text"
