@@ -23,7 +23,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvlink.bounds import MESSAGE
 from kvlink.defaults import CALL_S
-from kvlink.errors import KvlinkError, LocalProtocolError, PeerUnavailableError, RemoteProtocolError
+from kvlink.errors import (
+    ConfigError,
+    KvlinkError,
+    LocalProtocolError,
+    PeerUnavailableError,
+    RemoteProtocolError,
+)
 from kvlink.observe import current_parent
 from kvlink.receipt import Capabilities
 from kvlink.transport import convert
@@ -190,7 +196,7 @@ class Client:
         if own in others:  # this method alone is not known there
             return found
         there = f"a {' and a '.join(others)}" if others else "no service of kvlink"
-        return RemoteProtocolError(
+        return ConfigError(
             f"{self.address}: expected a {own}, found {there}: is the address another agent's?"
         )
 

@@ -12,7 +12,7 @@ import socket
 import ssl
 import time
 
-from kvlink.errors import CredentialsError, KvlinkError, PeerUnavailableError, RemoteProtocolError
+from kvlink.errors import ConfigError, CredentialsError, KvlinkError, PeerUnavailableError
 from kvlink.transport import certs
 from kvlink.transport.address import Address
 from kvlink.transport.credentials import Credentials, Dial
@@ -86,7 +86,7 @@ async def _other_protocol(address: Address) -> KvlinkError | None:
     if not said or said[3:4] == bytes((_SETTINGS,)):
         return None
     line = said.splitlines()[0].decode("ascii", "replace")
-    return RemoteProtocolError(f"{address}: no gRPC is spoken there: it answers {line!r}")
+    return ConfigError(f"{address}: no gRPC is spoken there: it answers {line!r}")
 
 
 async def _handshake(address: Address, credentials: Credentials, dial: Dial) -> str:

@@ -223,8 +223,8 @@ class SyncSenderClient(SyncClient[SenderClient]):
     def unpublish(self, context_id: str) -> None:
         self._run(self._client.unpublish(context_id))
 
-    def fetch(self, fetch: Fetch, asked_by: str = "") -> Iterator[bytes]:
-        return self._each(self._client.fetch(fetch, asked_by))
+    def fetch(self, fetch: Fetch, asked_by: str = "", *, early: bool = True) -> Iterator[bytes]:
+        return self._each(self._client.fetch(fetch, asked_by, early=early))
 
     def deliver(self, delivery: Delivery) -> Iterator[Progress]:
         return self._each(self._client.deliver(delivery))
