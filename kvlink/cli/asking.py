@@ -97,6 +97,10 @@ def ask(
     max_new_tokens: Annotated[
         int, count("max-new-tokens", "Tokens of the answer; 0: the receiver's default.", least=0)
     ] = 0,
+    pull: Annotated[
+        bool,
+        flag("pull", "With --handle: the receiver redeems it itself, keeps what came, and adds to it later."),
+    ] = False,
     report: ReportFile = None,
     as_json: Json = False,
 ) -> None:
@@ -108,6 +112,8 @@ def ask(
         raise errors.ConfigError("give either --context or --handle")
     if report is not None and handle:
         raise errors.ConfigError("a report shows the context: give --context, a handle does not open it")
+    if pull and not handle:
+        raise errors.ConfigError("--pull goes with --handle: a receiver pulls what a sender holds")
     page_file = report_file(report, reads=(context,))
     at = Handle.parse(handle) if handle else Handle(sender_at, "")
     delivery = Delivery(
@@ -121,6 +127,9 @@ def ask(
         explain=report is not None,
     )
     link = {"credentials": credentials(creds, insecure), "insecure": insecure, "timeout_s": timeout_s}
+    if pull:
+        run(_pull(delivery, handle, link, max_new_tokens, as_json))
+        return
     run(_ask(delivery, at.address, link, max_new_tokens, as_json, page_file))
 
 
@@ -199,6 +208,33 @@ async def _ask(
     say_receipt(receipt)
     if receipt.kept_tokens and delivery.text:
         _say_break_even(receipt, len(delivery.text.encode()), reader.prefill_tokens_per_s)
+
+
+async def _pull(delivery: Any, handle: str, link: dict[str, Any], max_new_tokens: int, as_json: bool) -> None:
+    """Let the receiver redeem the handle and answer."""
+    from kvlink.show import receipt_dict, say_receipt
+    from kvlink.transport.api import Ask
+    from kvlink.transport.client import ReceiverClient
+
+    asked = Ask(
+        "", delivery.question, max_new_tokens, handle=handle, recipe=delivery.recipe, target=delivery.target
+    )
+    text, last = "", None
+    async with ReceiverClient(delivery.receiver, **link) as target:
+        async for piece in target.generate(asked):
+            if not as_json:
+                say_text(piece.text if text else piece.text.lstrip(), end="")
+            text += piece.text
+            last = piece
+    if last is None:
+        raise errors.PeerUnavailableError(f"{delivery.receiver}: the answer ended before it began")
+    warn(last.receipt.recipe)
+    if as_json:
+        say_json({"answer": text.strip(), "cache_id": last.cache_id, **receipt_dict(last.receipt)})
+        return
+    say("")
+    say("")
+    say_receipt(last.receipt)
 
 
 def _say_break_even(receipt: Any, text_bytes: int, tokens_per_s: float) -> None:

@@ -5,6 +5,7 @@ Does not know: what a frame says. Place on the path: the face of the package.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,10 @@ from kvlink.recipe import DEFAULT_RECIPE
 from kvlink.terminal import note, say, say_json, say_text
 
 KvlFile = Annotated[Path, typer.Argument(parser=File(), metavar="FILE", help="A .kvl file.")]
+BaseFile = Annotated[
+    Path | None,
+    option("base", File(), ".kvl file of this context that you have: only what is missing in it is pulled."),
+]
 HandleText = Annotated[str, typer.Argument(metavar="HANDLE", help="What 'kvlink publish' printed.")]
 
 
@@ -57,6 +62,9 @@ def publish(
     readers: Annotated[
         list[str] | None, option("for", Text("name"), "Peer that may use the handle too; repeat.")
     ] = None,
+    extends: Annotated[
+        str, option("extends", Text(), "Handle of a context that the text goes behind; it alone is read.")
+    ] = "",
     creds: Creds = None,
     insecure: Insecure = False,
     as_json: Json = False,
@@ -66,13 +74,16 @@ def publish(
     from kvlink.transport.handle import Handle
 
     text, proof = read_context(context), credentials(creds, insecure)
-    named = is_said(ctx, "sender_at")
+    named = is_said(ctx, "sender_at") or bool(extends)
+    before = Handle.parse(extends) if extends else Handle(sender_at, "")
+    sender_at = before.address
 
     async def work() -> tuple[Any, str]:
         async with SenderClient(sender_at, proof, insecure=insecure) as source:
             # Who named an address knows a way to the sender; else the sender's own word is the better one.
             said = "" if named else (await source.capabilities()).address
-            return await source.publish(text, lifetime_s, readers=readers or ()), said or sender_at
+            done = await source.publish(text, lifetime_s, readers=readers or (), extends=before.context_id)
+            return done, said or sender_at
 
     done, reached_at = run(work())
     handle = str(Handle(reached_at, done.context_id))
@@ -117,6 +128,7 @@ def fetch(
     verify: Verify = False,
     deadline: Deadline = None,
     allow_text: AllowText = False,
+    base: BaseFile = None,
     creds: Creds = None,
     insecure: Insecure = False,
     as_json: Json = False,
@@ -132,7 +144,11 @@ def fetch(
     target = Output(out)
     at, proof = Handle.parse(handle), credentials(creds, insecure)
     wanted = Fetch(
-        at.context_id, question, recipe, target_of(budget, bits, quality, verify, deadline, allow_text)
+        at.context_id,
+        question,
+        recipe,
+        target_of(budget, bits, quality, verify, deadline, allow_text),
+        base_digest=_digest_of(base) if base else b"",
     )
 
     async def work(sink: Writable) -> tuple[bytes, int, int]:
@@ -200,6 +216,19 @@ def _wrote(target: Output, count: int, as_json: bool, more: dict[str, Any]) -> N
         say(f"{shown(target.path)}: {count:,} bytes")
 
 
+def _digest_of(file: Path) -> bytes:
+    """What a receiver holds after the transfer in a file: what a later one can add to."""
+    from kvlink.wire.file import read_frames
+    from kvlink.wire.session import ReceiveSession
+
+    session = ReceiveSession(keep=False)
+    with open_file(file) as stream:
+        for frame in read_frames(stream):
+            session.receive(frame)
+    session.close()
+    return session.cache_digest
+
+
 def unpack(
     file: KvlFile,
     question: Question,
@@ -212,6 +241,10 @@ def unpack(
     partial: Annotated[
         bool, flag("partial", "Answer from a file that was cut too, from the segments that have closed.")
     ] = False,
+    base: Annotated[
+        list[Path] | None,
+        option("base", File(), ".kvl file that this one adds to; repeat, each adding to those before."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question from a .kvl file."""
@@ -219,11 +252,15 @@ def unpack(
     from kvlink.show import receipt_dict
 
     quiet()
-    with open_file(file) as stream:
+    with ExitStack() as files:
+        streams = [files.enter_context(open_file(path)) for path in (*(base or ()), file)]
         target = Receiver(
             model, device=device, dtype=dtype, attention=attention, template_options=template_options
         )
-        held = target.read_file(stream, partial=partial)
+        held = None
+        for stream in streams[:-1]:
+            held = target.read_file(stream, base=held)
+        held = target.read_file(streams[-1], partial=partial, base=held)
     told = target.answer(held, question, max_new_tokens=max_new_tokens)
     if as_json:
         receipt = held.receipt.with_stages(first_token=told.first_token_s)
