@@ -107,7 +107,7 @@ class Planner:
         after_s = 10 ** rng.uniform(-3.5, -0.5)
         return Plan(
             number, method, peer, messages, self._metadata(rng, token), ending, malformed, after_s,
-            paced=method.client_streaming and rng.random() < 0.7,
+            paced=method.client_streaming and method.server_streaming and rng.random() < 0.7,
         )  # fmt: skip
 
     def _request(self, maker: Maker, method: MethodDescriptor, own: Seen) -> Any:
