@@ -251,7 +251,8 @@ class InboundTransfers:
 
     def _intake(self, frame: bytes) -> Intake:
         """An intake that has taken the manifest. Raises what is wrong with it."""
-        intake = Intake(self._receiver.lm, self.settings.limits, self._receiver.profiles)
+        there = self._receiver
+        intake = Intake(there.lm, self.settings.limits, there.profiles, there.added_bytes)
         intake.take(frame)
         if intake.manifest is None:
             raise RemoteProtocolError("frame 0: expected a manifest")

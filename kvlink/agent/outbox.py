@@ -26,6 +26,7 @@ from kvlink.agent.transfer import Transfer
 from kvlink.errors import AccessError, BusyError, KvlinkError, LimitError, NotFoundError, RemoteProtocolError
 from kvlink.receipt import Receipt
 from kvlink.transport.api import Caller
+from kvlink.transport.link import AddedBytes, added_by_nothing
 from kvlink.wire.messages import TRANSFER_ID_BYTES
 from kvlink.wire.session import ReceiveSession
 
@@ -110,9 +111,15 @@ class Outbox:
     """
 
     def __init__(
-        self, lifetime_s: float, max_bytes: int, staging: Staging | None = None, *, max_peer_bytes: int = 0
+        self,
+        lifetime_s: float,
+        max_bytes: int,
+        staging: Staging | None = None,
+        *,
+        max_peer_bytes: int = 0,
+        added_bytes: AddedBytes = added_by_nothing,
     ) -> None:
-        self.lifetime_s = lifetime_s
+        self.lifetime_s, self._added_bytes = lifetime_s, added_bytes
         self._shares = Shares("packed transfer", max_bytes, max_peer_bytes)
         self._staging = staging
         self._held: dict[bytes, Outbound] = {}
@@ -313,7 +320,9 @@ class Outbox:
             return None
         held = Outbound(str(notes.get("owner", "")), str(notes.get("request", "")))
         if session.state == "done" and "receipt" in notes:
-            held.found = Transfer.of_frames(session.manifest, frames, Receipt.from_dict(notes["receipt"]))
+            held.found = Transfer.of_frames(
+                session.manifest, frames, Receipt.from_dict(notes["receipt"]), self._added_bytes
+            )
         return held, frames
 
 

@@ -41,6 +41,7 @@ from kvlink.model.restore import cache_shape, join
 from kvlink.payload import CacheShape, Part, Prompt, SegmentHeader
 from kvlink.profile import Profile
 from kvlink.receipt import Receipt
+from kvlink.transport.link import AddedBytes, added_by_nothing
 from kvlink.wire.file import read_frames
 from kvlink.wire.layout import kept_share, kept_tokens
 from kvlink.wire.messages import Manifest
@@ -84,10 +85,15 @@ class Intake:
     """One transfer on its way in. `take` frames until `held` is there."""
 
     def __init__(
-        self, lm: LanguageModel, limits: Limits | None = None, profiles: Mapping[str, Profile] | None = None
+        self,
+        lm: LanguageModel,
+        limits: Limits | None = None,
+        profiles: Mapping[str, Profile] | None = None,
+        added_bytes: AddedBytes = added_by_nothing,
     ) -> None:
-        """`profiles`: what senders have sent ahead, by digest in hex, beside the model's own."""
-        self._lm = lm
+        """`profiles`: what senders have sent ahead, by digest in hex, beside the model's own. `added_bytes`: of the
+        link that it comes over."""
+        self._lm, self._added_bytes = lm, added_bytes
         self._profiles = {} if profiles is None else profiles
         self.session = ReceiveSession(limits)
         self.held: Held | None = None
@@ -248,7 +254,7 @@ class Intake:
                 element_count=manifest.shape.element_count,
                 segments=len(closed),
                 stage_s=stage_s,
-                bytes=count_bytes(self._frame_bytes, self.session.part_bytes),
+                bytes=count_bytes(self._frame_bytes, self.session.part_bytes, self._added_bytes),
                 cache_digest=self.session.cache_digest.hex(),
             ),
             manifest.prompt.template_id,
@@ -302,9 +308,17 @@ def _check_shape(there: CacheShape, here: CacheShape) -> None:
 class Receiver:
     """Takes transfers and answers from them."""
 
-    def __init__(self, model: Any = EMBEDDED, tokenizer: Any = None, **options: str) -> None:
-        """See `model.loading.language_model`."""
-        self.lm = language_model(model, tokenizer, **options)
+    def __init__(
+        self,
+        model: Any = EMBEDDED,
+        tokenizer: Any = None,
+        *,
+        added_bytes: AddedBytes = added_by_nothing,
+        **options: str,
+    ) -> None:
+        """`model`, `tokenizer`, `options`: see `model.loading.language_model`. `added_bytes`: of the link that
+        transfers come over, for receipts."""
+        self.lm, self.added_bytes = language_model(model, tokenizer, **options), added_bytes
         self.profiles = Profiles()
 
     def add_profile(self, data: bytes, peer: str = "") -> Profile:
@@ -348,7 +362,7 @@ class Receiver:
         Raises TruncatedError where the frames end too early: before the end, or before a segment has closed;
         NotFoundError where the transfer adds to another base.
         """
-        intake = Intake(self.lm, limits, self.profiles)
+        intake = Intake(self.lm, limits, self.profiles, self.added_bytes)
         try:
             for number, frame in enumerate(frames):
                 intake.take(frame)

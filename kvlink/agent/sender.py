@@ -47,6 +47,7 @@ from kvlink.receipt import Certificate, Receipt
 from kvlink.recipe import AUTO, DEFAULT_RECIPE, Recipe, Target
 from kvlink.selection import Amount, Selection
 from kvlink.transport.api import Explanation
+from kvlink.transport.link import AddedBytes, added_by_nothing
 from kvlink.wire.layout import kept_share, kept_tokens
 from kvlink.wire.messages import TRANSFER_ID_BYTES, Manifest
 from kvlink.wire.session import CHUNK_BYTES, read_transfer
@@ -125,11 +126,13 @@ class Sender:
     """Reads contexts with a model and packs what questions need of them."""
 
     def __init__(
-        self, model: Any = EMBEDDED, tokenizer: Any = None, *, chunk_bytes: int = CHUNK_BYTES, **options: str
-    ) -> None:
-        """`model`, `tokenizer`, `options`: see `model.loading.language_model`. `chunk_bytes`: most bytes of a chunk."""
+        self, model: Any = EMBEDDED, tokenizer: Any = None, *, chunk_bytes: int = CHUNK_BYTES,
+        added_bytes: AddedBytes = added_by_nothing, **options: str,
+    ) -> None:  # fmt: skip
+        """`model`, `tokenizer`, `options`: see `model.loading.language_model`. `chunk_bytes`: most bytes of a chunk.
+        `added_bytes`: of the link that transfers will take, for receipts and budgets."""
         self.lm = language_model(model, tokenizer, **options)
-        self.chunk_bytes = chunk_bytes
+        self.chunk_bytes, self.added_bytes = chunk_bytes, added_bytes
         self._units: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def read(self, text: str, turns: Iterable[TurnLike] = (), progress: OnProgress | None = None) -> Context:
@@ -420,7 +423,9 @@ class Sender:
                 low, best = guess, transfer
             else:
                 high = guess
-            if high - low <= 1 or (best is None and guess <= kept_count(_least(selection), tokens)):
+            if high - low <= 1 or (
+                best is None and guess <= kept_count(replace(selection, amount=Amount(1, "count")), tokens)
+            ):
                 break
             scaled = int(guess * budget / size)
             guess = min(high - 1, max(low + 1, scaled if low < scaled < high else (low + high) // 2))
@@ -466,7 +471,7 @@ class Sender:
         )
         if clock.progress is not None:
             outlines = reported(outlines, manifest.shape, clock.progress)
-        return Transfer(manifest, outlines, receipt, draft, self.chunk_bytes, on_closed)
+        return Transfer(manifest, outlines, receipt, draft, self.chunk_bytes, on_closed, self.added_bytes)
 
 
 def evidence_key(selection: Selection) -> tuple[Any, ...]:
@@ -481,10 +486,6 @@ def _require_finite(cache: KVCache) -> None:
         cache.require_finite()
     except CodecError as error:
         raise ModelError(f"the model's own cache of this text cannot be used: {error}") from error
-
-
-def _least(selection: Selection) -> Selection:
-    return replace(selection, amount=Amount(1, "count"))
 
 
 class _Clock:

@@ -79,7 +79,11 @@ class SenderService:
         disk = told.max_staged_bytes, told.max_peer_staged_bytes
         staging = Staging(told.staging, *disk) if told.staging else None
         self.outbox = Outbox(
-            told.resume_lifetime_s, told.max_packed_bytes, staging, max_peer_bytes=told.max_peer_packed_bytes
+            told.resume_lifetime_s,
+            told.max_packed_bytes,
+            staging,
+            max_peer_bytes=told.max_peer_packed_bytes,
+            added_bytes=sender.added_bytes,
         )
         self._work = Gate(
             "reads", told.max_reads, places_each=told.max_peer_reads,

@@ -24,7 +24,7 @@ from kvlink.errors import CodecError, RemoteProtocolError
 from kvlink.model.generate import Answer
 from kvlink.payload import CacheShape, Group, Part, SegmentHeader, count_kinds
 from kvlink.receipt import Certificate, Receipt
-from kvlink.transport.link import grpc_bytes
+from kvlink.transport.link import AddedBytes, added_by_nothing
 from kvlink.wire.file import Writable, write_frames
 from kvlink.wire.layout import groups_of, kept_share, kept_tokens, part_sizes
 from kvlink.wire.messages import Manifest
@@ -55,14 +55,16 @@ class Transfer:
         draft: Answer | None = None,
         chunk_bytes: int = CHUNK_BYTES,
         on_closed: Callable[[int, bytes], None] | None = None,
+        added_bytes: AddedBytes = added_by_nothing,
     ) -> None:
         """`receipt`: what is known before anything is packed; bytes and the time to encode are added. `on_closed` is
-        told how many segments have closed, and the digest of what a receiver holds then."""
+        told how many segments have closed, and the digest of what a receiver holds then. `added_bytes`: of the link
+        that it will take, for the receipt."""
         self.manifest = manifest
         self.draft = draft
         self._receipt = receipt
         self._headers = [header for header, _ in outlines]
-        self._chunk_bytes, self._on_closed = chunk_bytes, on_closed
+        self._chunk_bytes, self._on_closed, self._added_bytes = chunk_bytes, on_closed, added_bytes
         self._made: list[bytes] = []
         self._most_bytes = 0
         self._kept, self._ended = True, False
@@ -71,9 +73,15 @@ class Transfer:
         self._lock = threading.Lock()
 
     @classmethod
-    def of_frames(cls, manifest: Manifest, frames: Sequence[bytes], receipt: Receipt) -> Transfer:
+    def of_frames(
+        cls,
+        manifest: Manifest,
+        frames: Sequence[bytes],
+        receipt: Receipt,
+        added_bytes: AddedBytes = added_by_nothing,
+    ) -> Transfer:
         """One that was packed before."""
-        found = cls(manifest, (), receipt)
+        found = cls(manifest, (), receipt, added_bytes=added_bytes)
         found._made, found._source = list(frames), None
         found._most_bytes = sum(map(len, frames))
         return found
@@ -158,7 +166,7 @@ class Transfer:
             kept_tokens=kept_tokens(closed, told.recipe),
             kept_share=kept_share(closed, told.shape, told.base),
             segments=len(closed),
-            bytes=count_bytes([len(frame) for frame in frames], session.part_bytes),
+            bytes=count_bytes([len(frame) for frame in frames], session.part_bytes, self._added_bytes),
             cache_digest=digest.hex(),
         )
 
@@ -230,7 +238,7 @@ class Transfer:
         self._most_bytes = sum(sizes)
         told = self._receipt.with_stages(encode=self._receipt.stage_s.get("encode", 0.0) + clock.seconds)
         self._receipt = replace(
-            told, bytes=count_bytes(sizes, kinds), cache_digest=session.cache_digest.hex()
+            told, bytes=count_bytes(sizes, kinds, self._added_bytes), cache_digest=session.cache_digest.hex()
         )
         # Before anybody asks for another frame: a receiver may answer this one sooner.
         self._ended = True
@@ -279,13 +287,15 @@ def outlined_text(part: Part) -> Outline:
     return SegmentHeader("text"), iter([Group((part,))])
 
 
-def count_bytes(frame_bytes: Sequence[int], kinds: dict[str, int]) -> dict[str, int]:
-    """Bytes by kind of a transfer on gRPC; their sum is all that travels, TCP and IP excepted."""
+def count_bytes(
+    frame_bytes: Sequence[int], kinds: dict[str, int], added_bytes: AddedBytes = added_by_nothing
+) -> dict[str, int]:
+    """Bytes by kind of a transfer, with what its link adds; their sum is all that travels, TCP and IP excepted."""
     return {
         "manifest": frame_bytes[0],
         **{kind: count for kind, count in kinds.items() if count},
         "framing": sum(frame_bytes[1:]) - sum(kinds.values()),
-        "grpc": grpc_bytes(frame_bytes),
+        **added_bytes(frame_bytes),
     }
 
 

@@ -63,13 +63,19 @@ def receiver(
     from kvlink.agent.receiver import Receiver
     from kvlink.agent.receiver_service import ReceiverService
     from kvlink.transport.dial import to_senders
+    from kvlink.transport.link import added_by_grpc
 
     quiet()
 
     def make(observer: Observer) -> Any:
         return ReceiverService(
             Receiver(
-                model, device=device, dtype=dtype, attention=attention, template_options=template_options
+                model,
+                added_bytes=added_by_grpc,
+                device=device,
+                dtype=dtype,
+                attention=attention,
+                template_options=template_options,
             ),
             settings,
             observer,
@@ -103,12 +109,20 @@ def sender(
     from kvlink.agent.sender import Sender
     from kvlink.agent.sender_service import SenderService
     from kvlink.transport.dial import to_receivers
+    from kvlink.transport.link import added_by_grpc
 
     quiet()
 
     def make(observer: Observer) -> Any:
         return SenderService(
-            Sender(model, device=device, dtype=dtype, attention=attention, template_options=template_options),
+            Sender(
+                model,
+                added_bytes=added_by_grpc,
+                device=device,
+                dtype=dtype,
+                attention=attention,
+                template_options=template_options,
+            ),
             settings,
             observer,
             to_receivers(proof, insecure=insecure),

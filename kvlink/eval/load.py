@@ -29,6 +29,7 @@ from kvlink.model.loading import LanguageModel, load
 from kvlink.recipe import Recipe
 from kvlink.transport.api import Ask
 from kvlink.transport.client import ReceiverClient
+from kvlink.transport.link import added_by_grpc
 
 RECIPES = ("text", "raw", "int8", "q2c+draft@0.25 int4", "transform=1")
 CONTEXTS_EACH = 2
@@ -112,7 +113,7 @@ class _Task:
 
 def prepare(lm: LanguageModel, count: int, seed: int) -> list[_Task]:
     """`count` tasks whose answers differ from each other, with the answers that are expected."""
-    sender, receiver = Sender(lm), Receiver(lm)
+    sender, receiver = Sender(lm, added_bytes=added_by_grpc), Receiver(lm, added_bytes=added_by_grpc)
     found: dict[str, _Task] = {}
     for item in itertools.islice(generated(seed), 8 * count):
         recipe = Recipe.parse(RECIPES[len(found) % len(RECIPES)])
@@ -149,7 +150,15 @@ async def run_load(
             answers = {task.expected for task in tasks}
             await asyncio.gather(
                 *(
-                    _agent(Sender(lm), running.address, own[number], answers, told, number, until)
+                    _agent(
+                        Sender(lm, added_bytes=added_by_grpc),
+                        running.address,
+                        own[number],
+                        answers,
+                        told,
+                        number,
+                        until,
+                    )
                     for number in range(agents)
                 )
             )

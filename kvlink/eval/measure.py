@@ -33,6 +33,7 @@ from kvlink.model.generate import Answer, answer, divergence, logits_along
 from kvlink.model.loading import LanguageModel
 from kvlink.payload import DEADLINE_MS
 from kvlink.recipe import Recipe, Target
+from kvlink.transport.link import added_by_grpc
 
 _CLEAR_MARGIN = 0.5
 """Of log-probabilities; reading tokens together or one by one moves BF16 logits by less than half of it."""
@@ -63,7 +64,10 @@ class Bench:
 
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
-        self._sender, self._receiver = Sender(lm), Receiver(lm)
+        self._sender, self._receiver = (
+            Sender(lm, added_bytes=added_by_grpc),
+            Receiver(lm, added_bytes=added_by_grpc),
+        )
 
     def measure(self, item: Item, cases: Sequence[Case]) -> dict[str, Any]:
         """Outcomes of all cases that the item has a question for, by key; one line of a record.

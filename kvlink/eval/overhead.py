@@ -31,7 +31,7 @@ from kvlink.model.loading import LanguageModel, load
 from kvlink.payload import CacheShape
 from kvlink.recipe import Recipe
 from kvlink.transport.client import ReceiverClient
-from kvlink.transport.link import grpc_bytes
+from kvlink.transport.link import added_by_grpc, grpc_bytes
 from kvlink.transport.server import Server
 from kvlink.transport.sockets import SocketCount
 from kvlink.wire.messages import recipe_to_proto
@@ -150,7 +150,7 @@ async def _push_all(
     lm: LanguageModel, transfers: Sequence[Transfer], on_step: Callable[[], None]
 ) -> list[Pushed]:
     """Each transfer over a fresh connection to a receiver in this process."""
-    server = Server("127.0.0.1:0", receiver=ReceiverService(Receiver(lm)))
+    server = Server("127.0.0.1:0", receiver=ReceiverService(Receiver(lm, added_bytes=added_by_grpc)))
     port = await server.start()
     found = []
     try:
@@ -210,7 +210,7 @@ def measure(
     """
     text = " ".join(item.context for item in items)
     notes: list[str] = []
-    sender = Sender(lm)
+    sender = Sender(lm, added_bytes=added_by_grpc)
     lengths = [min(tokens, lm.window - 64) for tokens in CONTEXT_TOKENS]
     rows = []
     plans: list[tuple[Context, Recipe, int]] = []
@@ -224,7 +224,9 @@ def measure(
     question = items[0].question
     transfers = []
     for context, recipe, chunk in plans:
-        transfers.append(Sender(lm, chunk_bytes=chunk).pack(context, question, recipe))
+        transfers.append(
+            Sender(lm, chunk_bytes=chunk, added_bytes=added_by_grpc).pack(context, question, recipe)
+        )
     found = asyncio.run(_push_all(lm, transfers, on_step))
     if not found:
         notes.append("the kernel's counters cannot be read here: the overhead was not measured")
@@ -334,13 +336,15 @@ def _lossy_row(loss: float, found: dict[str, Any]) -> Row:
 async def _push_over(task: dict[str, Any]) -> dict[str, Any]:
     """Inside the namespace: the same transfer a few times, counters summed up."""
     lm = load(task["model"], dtype=task["dtype"])
-    sender = Sender(lm)
+    sender = Sender(lm, added_bytes=added_by_grpc)
     context = cut_context(sender, task["text"], min(CONTEXT_TOKENS[-1], lm.window - 64))
     link = line.Link(**task["link"])
     pinned = _pin_congestion()
     found: list[SocketCount] = []
     with line.Line(link) as held:
-        server = Server(f"{line.HERE}:0", receiver=ReceiverService(Receiver(lm)), insecure=True)
+        server = Server(
+            f"{line.HERE}:0", receiver=ReceiverService(Receiver(lm, added_bytes=added_by_grpc)), insecure=True
+        )
         port = held.port = await server.start()
         for _ in range(LOSS_REPEATS):
             transfer = sender.pack(context, task["question"], "raw")  # each is taken once

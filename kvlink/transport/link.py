@@ -85,6 +85,19 @@ CONNECT_S = 10.0
 """Seconds in which a link is made, or is not."""
 
 
+AddedBytes = Callable[[Sequence[int]], dict[str, int]]
+"""What a link adds to frames of these sizes, by kinds of bytes of a receipt."""
+
+
+def added_by_nothing(frame_bytes: Sequence[int]) -> dict[str, int]:
+    """Within a process, and in a file, whose lengths are its own business."""
+    return {}
+
+
+def added_by_grpc(frame_bytes: Sequence[int]) -> dict[str, int]:
+    return {"grpc": grpc_bytes(frame_bytes)}
+
+
 def grpc_bytes(frame_bytes: Sequence[int]) -> int:
     """Bytes that gRPC adds to frames of these sizes, computed.
 

@@ -17,6 +17,7 @@ from kvlink.errors import TruncatedError
 from kvlink.transport.api import Ask, Delivery, Progress, PushStatus
 from kvlink.transport.client import ReceiverClient, SenderClient
 from kvlink.transport.dial import to_receivers
+from kvlink.transport.link import added_by_grpc
 from kvlink.transport.server import Server
 
 TEXT = (
@@ -60,8 +61,10 @@ def receiver_settings() -> ReceiverSettings:
 @pytest.fixture
 async def pair(random_lm, receiver_settings) -> AsyncIterator[Pair]:
     lm = random_lm("qwen2", "bfloat16")
-    receiver = ReceiverService(Receiver(lm), receiver_settings)
-    sender = SenderService(Sender(lm), SenderSettings(retry_pause_s=0.05), dial=to_receivers())
+    receiver = ReceiverService(Receiver(lm, added_bytes=added_by_grpc), receiver_settings)
+    sender = SenderService(
+        Sender(lm, added_bytes=added_by_grpc), SenderSettings(retry_pause_s=0.05), dial=to_receivers()
+    )
     servers = [Server("127.0.0.1:0", receiver=receiver), Server("127.0.0.1:0", sender=sender)]
     ports = [await server.start() for server in servers]
     async with (

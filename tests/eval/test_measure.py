@@ -14,6 +14,7 @@ from kvlink.eval.measure import Bench
 from kvlink.eval.questions import Item, Query, generated
 from kvlink.eval.tables import Case, plan
 from kvlink.model.generate import answer
+from kvlink.transport.link import grpc_bytes
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,9 @@ def test_bytes_are_those_of_the_frames(tiny, bench, item):
     (found,) = measured(bench, item, Case("q2c@0.5 int4"))
     sender = Sender(tiny)
     transfer = sender.pack(sender.read(item.context), item.question, "q2c@0.5 int4")
-    frames = sum(len(frame) for frame in transfer.frames)
-    assert found["wire_bytes"] == frames + transfer.receipt.bytes["grpc"]
+    sizes = [len(frame) for frame in transfer.frames]
+    assert transfer.receipt.wire_bytes == sum(sizes), "no link has added to it"
+    assert found["wire_bytes"] == sum(sizes) + grpc_bytes(sizes)
     shape = transfer.manifest.shape
     assert found["bits_per_element"] == pytest.approx(8 * found["wire_bytes"] / shape.element_count)
     assert found["kept_tokens"] == transfer.receipt.kept_tokens

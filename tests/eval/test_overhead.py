@@ -16,6 +16,7 @@ from kvlink.eval import line, overhead
 from kvlink.eval.questions import generated
 from kvlink.recipe import Recipe
 from kvlink.transport.client import ReceiverClient
+from kvlink.transport.link import added_by_grpc
 from kvlink.transport.server import Server
 from kvlink.v1 import wire_pb2
 from tests.limits import HANGS_S
@@ -37,7 +38,7 @@ def test_the_size_of_a_number_is_protobufs(value):
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
 def test_without_a_coder_the_formula_is_exact(random_lm, architecture, recipe, chunk_bytes):
     lm = random_lm(architecture, "bfloat16")
-    sender = Sender(lm, chunk_bytes=chunk_bytes)
+    sender = Sender(lm, chunk_bytes=chunk_bytes, added_bytes=added_by_grpc)
     context = sender.read(TEXT)
     parsed = Recipe.parse(f"{recipe} coder=identity")
     transfer = sender.pack(context, QUESTION, parsed)
@@ -56,7 +57,7 @@ def test_without_a_coder_the_formula_is_exact(random_lm, architecture, recipe, c
 
 
 def test_with_a_coder_the_formula_is_an_upper_bound(random_lm):
-    sender = Sender(random_lm("qwen2", "bfloat16"))
+    sender = Sender(random_lm("qwen2", "bfloat16"), added_bytes=added_by_grpc)
     context = sender.read(TEXT)
     transfer = sender.pack(context, QUESTION, "q2c@0.5 int4")
     shape, kept = context.cache.shape, transfer.receipt.kept_tokens
@@ -73,7 +74,7 @@ def test_what_is_sent_again():
 
 
 def test_a_context_is_cut_to_a_length(tiny):
-    sender = Sender(tiny)
+    sender = Sender(tiny, added_bytes=added_by_grpc)
     context = overhead.cut_context(sender, TEXT, 64)
     assert 56 <= context.cache.tokens <= 64
     assert TEXT.startswith(context.text)
@@ -175,7 +176,7 @@ def test_a_line_carries_every_byte_at_its_rate_and_delay(tmp_path, loss):
 
 
 async def test_a_socket_counts_what_is_between_two_readings(tiny):
-    sender = Sender(tiny)
+    sender = Sender(tiny, added_bytes=added_by_grpc)
     transfer = sender.pack(sender.read(TEXT), QUESTION, "int8")
     server = Server("127.0.0.1:0", receiver=ReceiverService(Receiver(tiny)))
     port = await server.start()
