@@ -137,6 +137,22 @@ def test_pack_inspect_unpack_without_agents(checkpoint, context, tmp_path):
     assert kvlink("unpack", out, "--question", QUESTION, "--model", model).returncode == 0
 
 
+def test_a_file_that_was_cut_is_answered_from_where_that_is_asked_for(checkpoint, context, tmp_path):
+    """Packed within a deadline it is in tiers; without one a cut leaves nothing."""
+    model, out = str(checkpoint("qwen2", "bfloat16")), tmp_path / "cut.kvl"
+    asked = ["--question", QUESTION, "--model", model, "--json"]
+    packed = kvlink(
+        "pack", "--context", context, "--recipe", "raw", "--deadline", "60", "-o", str(out), *asked
+    )
+    assert json.loads(packed.stdout)["segments"] > 2
+    out.write_bytes(out.read_bytes()[: out.stat().st_size * 6 // 10])
+    refused = kvlink("unpack", str(out), *asked)
+    assert (refused.returncode, b"TruncatedError" in refused.stderr) == (5, True)
+    told = json.loads(kvlink("unpack", str(out), "--partial", *asked).stdout)
+    assert 0.1 < told["kept_share"] < 0.6
+    assert told["answer"]
+
+
 def test_demo_runs_two_processes_and_reports_every_row(checkpoint):
     done = kvlink("demo", "--model", str(checkpoint("qwen2", "bfloat16")), "--n", "2", "--json")
     report = json.loads(done.stdout)

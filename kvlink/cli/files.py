@@ -139,7 +139,7 @@ def fetch(
     from kvlink.transport.client import SenderClient
     from kvlink.transport.handle import Handle
     from kvlink.wire.file import Writable, framed, write_frames
-    from kvlink.wire.inspect import recipe_of
+    from kvlink.wire.inspect import is_end, recipe_of
 
     target = Output(out)
     at, proof = Handle.parse(handle), credentials(creds, insecure)
@@ -151,20 +151,24 @@ def fetch(
         base_digest=_digest_of(base) if base else b"",
     )
 
-    async def work(sink: Writable) -> tuple[bytes, int, int]:
-        first, count, size = b"", 0, write_frames((), sink)
+    async def work(sink: Writable) -> tuple[bytes, bytes, int, int]:
+        first, frame, count, size = b"", b"", 0, write_frames((), sink)
         async with SenderClient(at.address, proof, insecure=insecure) as source:
             require_spoken(Spoken(), (await source.capabilities()).spoken, needed_by(recipe))
             async for frame in source.fetch(wanted):
                 first, count, size = first or frame, count + 1, size + sink.write(framed(frame))
-        return first, count, size
+        return first, frame, count, size
 
     with target.open() as sink:
-        first, frames, size = run(work(sink))
+        first, last, frames, size = run(work(sink))
     told = recipe_of(first)
     warn(told)
     warnings = {"warnings": found} if (found := list(warnings_of(told))) else {}
-    _wrote(target, size, as_json, {"frames": frames, **warnings})
+    _wrote(target, size, as_json, {"frames": frames, "whole": is_end(last), **warnings})
+    if not is_end(last):
+        note(
+            "kvlink: the deadline came before the end: 'kvlink unpack --partial' answers from what has closed"
+        )
 
 
 def pack(

@@ -28,6 +28,11 @@ def recipe_of(first_frame: bytes) -> str:
     return ""
 
 
+def is_end(frame: bytes) -> bool:
+    """Whether a frame that a session has taken is the last one of its transfer."""
+    return bool(pb.Frame.FromString(frame).HasField("end"))
+
+
 def describe(source: BinaryIO) -> dict[str, Any]:
     """Manifest, sizes and bytes by kind. Raises what `read_frames` and the session raise."""
     session = ReceiveSession(keep=False)
