@@ -40,6 +40,10 @@ class Delivered:
     background: Codec | None = None
 
     @property
+    def nbytes(self) -> int:
+        return 0 if self.fine is None else self.fine.nbytes
+
+    @property
     def base(self) -> Base:
         """How a manifest names it."""
         whole = self.fine is None or self.background is not None

@@ -18,6 +18,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+from blake3 import blake3
+
 from kvlink.agent.receiver import Held
 from kvlink.agent.settings import ReceiverSettings, allowed
 from kvlink.agent.store import Store
@@ -42,7 +44,8 @@ class _Pulled:
     """What of a handle is here, for one caller."""
 
     cache_id: str = ""
-    questions: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    questions: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    """Digests: a question may be as long as the model's window."""
     serves_all: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -75,7 +78,7 @@ class Pulls:
         async with pulled.lock:
             if pulled.cache_id not in self._store:
                 pulled.cache_id, pulled.serves_all, pulled.questions = "", False, OrderedDict()
-            if not (pulled.serves_all or ask.question in pulled.questions):
+            if not (pulled.serves_all or _digest(ask.question) in pulled.questions):
                 fetch = Fetch(handle.context_id, ask.question, recipe, ask.target)
                 await self._pull(pulled, address, fetch, caller)
             return pulled.cache_id
@@ -98,7 +101,7 @@ class Pulls:
         taken = Recipe.parse(done.receipt.recipe)
         pulled.cache_id = done.cache_id
         pulled.serves_all = done.state == "complete" and not taken.prunes and taken.background is None
-        pulled.questions[fetch.question] = None
+        pulled.questions[_digest(fetch.question)] = None
         while len(pulled.questions) > _QUESTIONS:
             pulled.questions.popitem(last=False)
 
@@ -115,3 +118,7 @@ class Pulls:
                 if status.cache_id:
                     return status
         raise RemoteProtocolError(f"{address}: the transfer of {fetch.context_id} came to no end")
+
+
+def _digest(question: str) -> bytes:
+    return blake3(question.encode()).digest(length=16)

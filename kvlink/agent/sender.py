@@ -57,6 +57,8 @@ _FIT_ROUNDS = 6
 _COUNTED = ("ratio", "count")
 _DELIVERED = 32
 """Transfers of a context that later ones can add to."""
+_DELIVERED_BYTES = 1_000_000
+"""Of what is noted about them, or an eighth of the context's cache where that is more."""
 _ID_BYTES = 36
 """Of a token's id in a list."""
 
@@ -108,7 +110,8 @@ class Context:
         """Note what a transfer leaves at a receiver; the latest ones are kept."""
         with self.lock:
             self.delivered[left.digest] = left
-            while len(self.delivered) > _DELIVERED:
+            most = max(_DELIVERED_BYTES, self.cache.nbytes // 8)
+            while len(self.delivered) > _DELIVERED or sum(x.nbytes for x in self.delivered.values()) > most:
                 del self.delivered[next(iter(self.delivered))]
 
 

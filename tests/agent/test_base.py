@@ -180,6 +180,17 @@ def test_a_chain_of_bases(sender, receiver, context):
         assert torch.equal(layer.keys, full.keys.gather(1, at))
 
 
+def test_what_is_noted_of_transfers_is_bounded(sender, context):
+    for seed in range(40):
+        transfer = sender.pack(context, "", f"random@0.9 raw scope=head seed={seed}")
+        assert transfer.frames
+    assert 1 < len(context.delivered) <= 32
+    assert sum(left.nbytes for left in context.delivered.values()) <= max(
+        1_000_000, context.cache.nbytes // 8
+    )
+    assert bytes.fromhex(transfer.receipt.cache_digest) in context.delivered, "the latest ones stay"
+
+
 def test_an_unknown_base_and_one_by_another_codec_are_as_if_none_was_named(sender, receiver, context):
     first, _ = take(receiver, sender, context, QUESTION, "q2c@0.3 int4")
     digest = bytes.fromhex(first.receipt.cache_digest)
