@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 from kvlink._release import RELEASE as __version__
 
 if TYPE_CHECKING:
+    from kvlink.agent.context import Context
     from kvlink.agent.receiver import Held, Receiver
-    from kvlink.agent.sender import Context, Sender
+    from kvlink.agent.sender import Sender
     from kvlink.agent.transfer import OnProgress, Transfer
     from kvlink.errors import (
         AccessError,
@@ -126,7 +127,8 @@ __all__ = [
 
 _LAZY = {
     "kvlink.agent.receiver": "Held Receiver".split(),
-    "kvlink.agent.sender": "Context Sender".split(),
+    "kvlink.agent.context": "Context".split(),
+    "kvlink.agent.sender": "Sender".split(),
     "kvlink.agent.transfer": "OnProgress Transfer".split(),
     "kvlink.errors": (
         "AccessError BusyError CodecError ConfigError ContextError CredentialsError DataError DeadlineError "

@@ -28,8 +28,9 @@ from kvlink.recipe import PLAIN_RECIPE, Recipe, Target
 from kvlink.selection import Amount, Selection
 
 if TYPE_CHECKING:
+    from kvlink.agent.context import Context, Look
     from kvlink.agent.plan import Delivered
-    from kvlink.agent.sender import Context, Look, Sender
+    from kvlink.agent.sender import Sender
     from kvlink.agent.transfer import OnProgress, Transfer
 
 

@@ -10,21 +10,18 @@ Does not know: sockets (the service does). Place on the path: its first half.
 from __future__ import annotations
 
 import secrets
-import struct
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from blake3 import blake3
 from torch import Tensor
 
 from kvlink.agent.adapt import Deadline, Packing, automatic
 from kvlink.agent.builder import restored
+from kvlink.agent.context import Context, Cut, Look, evidence_key
 from kvlink.agent.plan import Delivered, delivered, plan, plan_missing
 from kvlink.agent.transfer import OnProgress, Outline, Transfer, outlined, outlined_text, reported
 from kvlink.agent.uses import require_usable
@@ -42,7 +39,7 @@ from kvlink.model.generate import Answer, answer, divergence, logits_along
 from kvlink.model.loading import EMBEDDED, LanguageModel, language_model
 from kvlink.model.prefill import prefill, prefill_more, read_context, read_press, read_question
 from kvlink.model.restore import cache_shape
-from kvlink.payload import Prompt, TurnLike, turns_from
+from kvlink.payload import TurnLike, turns_from
 from kvlink.receipt import Certificate, Receipt
 from kvlink.recipe import AUTO, DEFAULT_RECIPE, Recipe, Target
 from kvlink.selection import Amount, Selection
@@ -55,74 +52,6 @@ from kvlink.wire.session import CHUNK_BYTES, read_transfer
 DRAFT_TOKENS = 24
 _FIT_ROUNDS = 6
 _COUNTED = ("ratio", "count")
-_DELIVERED = 32
-"""Transfers of a context that later ones can add to."""
-_DELIVERED_BYTES = 1_000_000
-"""Of what is noted about them, or an eighth of the context's cache where that is more."""
-_ID_BYTES = 36
-"""Of a token's id in a list."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """A text in tokens, with what stands around it. `cache_bytes`: what reading it will take."""
-
-    text: str
-    prompt: Prompt
-    ids: list[int]
-    cache_bytes: int
-
-
-@dataclass(slots=True)
-class Context:
-    """A context that was read: its text, token ids and full cache.
-
-    `evidence` remembers what the context alone gives (snapkv, h2o, a press), by `evidence_key`.
-    """
-
-    text: str
-    ids: list[int]
-    prompt: Prompt
-    cache: KVCache
-    prefill_s: float
-    evidence: dict[tuple[Any, ...], Evidence] = field(default_factory=dict)
-    delivered: dict[bytes, Delivered] = field(default_factory=dict)
-    """What transfers of this context, or of one that it extends, leave at a receiver, by its digest."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def digest(self) -> bytes:
-        """16 bytes that name the context: BLAKE3 of the token ids as little-endian uint32."""
-        return blake3(struct.pack(f"<{len(self.ids)}I", *self.ids)).digest(length=16)
-
-    @property
-    def nbytes(self) -> int:
-        return self.cache.nbytes + sys.getsizeof(self.text) + _ID_BYTES * len(self.ids)
-
-    def wipe(self) -> None:
-        """Zero the cache and forget the text; nobody may be using it."""
-        self.cache.wipe()
-        self.text, self.ids = "", []
-        self.evidence.clear()
-        self.delivered.clear()
-
-    def remember(self, left: Delivered) -> None:
-        """Note what a transfer leaves at a receiver; the latest ones are kept."""
-        with self.lock:
-            self.delivered[left.digest] = left
-            most = max(_DELIVERED_BYTES, self.cache.nbytes // 8)
-            while len(self.delivered) > _DELIVERED or sum(x.nbytes for x in self.delivered.values()) > most:
-                del self.delivered[next(iter(self.delivered))]
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What the sender saw for one question before it chose: the evidence, the draft if one was
-    made, and the seconds that it took by stage."""
-
-    evidence: Evidence = field(default_factory=Evidence)
-    draft: Answer | None = None
-    stage_s: dict[str, float] = field(default_factory=dict)
 
 
 class Sender:
@@ -475,12 +404,6 @@ class Sender:
         if clock.progress is not None:
             outlines = reported(outlines, manifest.shape, clock.progress)
         return Transfer(manifest, outlines, receipt, draft, self.chunk_bytes, on_closed, self.added_bytes)
-
-
-def evidence_key(selection: Selection) -> tuple[Any, ...]:
-    """What captured evidence depends on: method and window; a press may look at the amount too."""
-    amount = (selection.amount,) if selection.press else ()
-    return (selection.name, selection.window, *amount)
 
 
 def _require_finite(cache: KVCache) -> None:

@@ -18,10 +18,11 @@ from dataclasses import replace
 
 from kvlink._release import RELEASE
 from kvlink.agent.admission import Gate
+from kvlink.agent.context import Context
 from kvlink.agent.handshake import Needed, compare, needed_by, require_room
 from kvlink.agent.outbox import Outbound, Outbox
 from kvlink.agent.requests import as_text, request_digest, text_id
-from kvlink.agent.sender import Context, Sender
+from kvlink.agent.sender import Sender
 from kvlink.agent.settings import SenderSettings, allowed
 from kvlink.agent.shares import Whose
 from kvlink.agent.staging import Staging

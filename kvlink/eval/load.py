@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kvlink.agent.context import Context, Look
 from kvlink.agent.receiver import Receiver
-from kvlink.agent.sender import Context, Look, Sender
+from kvlink.agent.sender import Sender
 from kvlink.errors import BusyError, KvlinkError, RemoteProtocolError
 from kvlink.eval.processes import Running, agent
 from kvlink.eval.questions import generated

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvlink.agent.context import Context, Look, evidence_key
 from kvlink.agent.receiver import Held, Receiver
-from kvlink.agent.sender import Context, Look, Sender, Transfer, evidence_key
+from kvlink.agent.sender import Sender
+from kvlink.agent.transfer import Transfer
 from kvlink.cache import KVCache
 from kvlink.codecs import LowRank
 from kvlink.compress.select import choose_positions

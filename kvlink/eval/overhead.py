@@ -19,9 +19,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvlink.agent.context import Context
 from kvlink.agent.receiver import Receiver
 from kvlink.agent.receiver_service import ReceiverService
-from kvlink.agent.sender import Context, Sender, Transfer
+from kvlink.agent.sender import Sender
+from kvlink.agent.transfer import Transfer
 from kvlink.codecs.base import SIDES
 from kvlink.errors import ContextError
 from kvlink.eval import line

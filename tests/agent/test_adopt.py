@@ -10,9 +10,10 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from kvlink import pack, unpack
+from kvlink.agent.context import Look
 from kvlink.agent.receiver import Receiver
 from kvlink.agent.receiver_service import ReceiverService
-from kvlink.agent.sender import Look, Sender
+from kvlink.agent.sender import Sender
 from kvlink.errors import ContextError, IdentityError, RecipeError, UnsupportedCacheError
 from kvlink.model.loading import LanguageModel, load, wrap
 from kvlink.model.template import Turn

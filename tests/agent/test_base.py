@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvlink.agent.context import Context
 from kvlink.agent.plan import Delivered, delivered, plan, plan_missing
 from kvlink.agent.receiver import Held, Receiver
 from kvlink.agent.receiver_service import ReceiverService
-from kvlink.agent.sender import Context, Sender
+from kvlink.agent.sender import Sender
 from kvlink.agent.settings import ReceiverSettings
 from kvlink.cache import KVCache
 from kvlink.compress.codec import encode

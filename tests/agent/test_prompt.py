@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from kvlink.agent.receiver import Intake, Receiver
-from kvlink.agent.sender import Sender, Transfer
+from kvlink.agent.sender import Sender
+from kvlink.agent.transfer import Transfer
 from kvlink.errors import IdentityError, KvlinkError, LimitError
 from kvlink.model.loading import LanguageModel, load, wrap
 from kvlink.payload import Prompt, Turn
