@@ -185,6 +185,9 @@ class Honest:
                 receiver_pb2.GenerateRequest(
                     cache_id="x", question=other.question, max_new_tokens=2, temperature=0.7, seed=1
                 ),
+                receiver_pb2.GenerateRequest(
+                    handle=f"kvlink://{self._network.agents['sender'].address}/x", max_new_tokens=2, **asked
+                ),
             ],
             "CancelTransfer": [receiver_pb2.CancelTransferRequest(transfer_id=b"t" * 16)],
             "DeleteCache": [receiver_pb2.DeleteCacheRequest(cache_id="x")],
@@ -192,6 +195,7 @@ class Honest:
             "PublishContext": [
                 sender_pb2.PublishContextRequest(text=text, lifetime_s=60),
                 sender_pb2.PublishContextRequest(text=text, readers=["anna"], earlier_turns=[turn]),
+                sender_pb2.PublishContextRequest(text=text, extends="x"),
             ],
             "UnpublishContext": [sender_pb2.UnpublishContextRequest(context_id="x")],
             "FetchCache": [
@@ -207,6 +211,7 @@ class Honest:
                 deliver(text=text, receiver=receiver_at, **asked),
                 deliver(text=text, receiver=receiver_at, answer_here=True, explain=True, **asked),
                 deliver(context_id="x", receiver=receiver_at, delivery_id=b"t" * 16, **asked),
+                deliver(context_id="x", receiver=receiver_at, base_digest=b"d" * 16, **asked),
                 deliver(context_id="x", receiver=self._network.liar_at, **asked),
             ],
             "CancelDelivery": [sender_pb2.CancelDeliveryRequest(delivery_id=b"t" * 16)],
