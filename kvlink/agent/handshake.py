@@ -115,9 +115,9 @@ def require_spoken(here: Spoken, there: Spoken, needed: Needed) -> None:
 
 
 def require_same(here: Capabilities, there: Capabilities, needed: Needed) -> None:
-    """Raise IdentityError where the two do not hold the same model, as far as the mode needs it."""
-    if needed.mode:
-        here.fingerprint.require_match(there.fingerprint, needed.mode)
+    """Raise IdentityError where the two do not hold the same model, as far as the mode needs it; where it is not
+    known yet, as far as every mode does."""
+    here.fingerprint.require_match(there.fingerprint, needed.mode or "text")
     if needed.mode != "kv":
         return
     if here.dtype != there.dtype:

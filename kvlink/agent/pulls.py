@@ -20,10 +20,12 @@ from dataclasses import dataclass, field, replace
 
 from blake3 import blake3
 
+from kvlink.agent.handshake import needed_by, require_same, require_spoken
 from kvlink.agent.receiver import Held
 from kvlink.agent.settings import ReceiverSettings, allowed
 from kvlink.agent.store import Store
 from kvlink.errors import ConfigError, DeadlineError, NotFoundError, RemoteProtocolError
+from kvlink.receipt import Capabilities
 from kvlink.recipe import Recipe, Target
 from kvlink.transport.api import Ask, Caller, Fetch, PushStatus
 from kvlink.transport.handle import Handle
@@ -54,8 +56,15 @@ class Pulls:
     """The handles that were redeemed here. For one event loop."""
 
     def __init__(
-        self, settings: ReceiverSettings, store: Store[Held], take: Take, dial: DialSender | None
+        self,
+        settings: ReceiverSettings,
+        store: Store[Held],
+        take: Take,
+        dial: DialSender | None,
+        own: Callable[[], Capabilities],
     ) -> None:
+        """`own`: what this receiver says of itself, to compare a sender with."""
+        self._own = own
         self._settings, self._store, self._take, self._dial = settings, store, take, dial
         self._known: OrderedDict[tuple[str, ...], _Pulled] = OrderedDict()
 
@@ -109,14 +118,17 @@ class Pulls:
         if self._dial is None:
             raise ConfigError("this receiver redeems no handles")
         owner = replace(caller, readers=(), asked_by="")
-        async with (
-            self._dial(address, caller) as source,
-            aclosing(source.fetch(fetch, caller.name, early=False)) as frames,
-            aclosing(self._take(frames, owner)) as statuses,
-        ):
-            async for status in statuses:
-                if status.cache_id:
-                    return status
+        async with self._dial(address, caller) as source:
+            here, there, needed = self._own(), await source.capabilities(), needed_by(fetch.recipe)
+            require_spoken(here.spoken, there.spoken, needed)
+            require_same(here, there, needed)
+            async with (
+                aclosing(source.fetch(fetch, caller.name, early=False)) as frames,
+                aclosing(self._take(frames, owner)) as statuses,
+            ):
+                async for status in statuses:
+                    if status.cache_id:
+                        return status
         raise RemoteProtocolError(f"{address}: the transfer of {fetch.context_id} came to no end")
 
 

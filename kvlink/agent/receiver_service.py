@@ -65,7 +65,7 @@ class ReceiverService:
         )  # fmt: skip
         self._turns = Turns()
         self.inbound = InboundTransfers(receiver, self.store, told, self.observer)
-        self._pulls = Pulls(told, self.store, self.push_cache, dial)
+        self._pulls = Pulls(told, self.store, self.push_cache, dial, self.capabilities)
         self._prefill_tokens_per_s = 0.0
         for name, what, read in (
             ("held_bytes", "Bytes of held caches", lambda: self.store.held_bytes),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,16 @@ from kvlink.agent.receiver_service import ReceiverService
 from kvlink.agent.sender import Sender
 from kvlink.agent.sender_service import SenderService
 from kvlink.agent.settings import ReceiverSettings, SenderSettings
-from kvlink.errors import AccessError, ConfigError, KvlinkError, LimitError, NotFoundError
+from kvlink.errors import (
+    AccessError,
+    ConfigError,
+    IdentityError,
+    KvlinkError,
+    LimitError,
+    NotFoundError,
+    RemoteProtocolError,
+)
+from kvlink.receipt import Spoken
 from kvlink.recipe import Target
 from kvlink.transport.api import Ask, Caller, Fetch
 from kvlink.transport.client import ReceiverClient, SenderClient
@@ -157,6 +167,18 @@ async def test_what_one_caller_has_pulled_is_not_another_ones(agents):
     assert last[0].cache_id == last[1].cache_id != last[2].cache_id
     with pytest.raises(NotFoundError):
         agents.receiver.store.get(last[0].cache_id, "mallory")
+
+
+async def test_a_sender_of_another_model_or_release_is_asked_for_nothing(agents, random_lm, monkeypatch):
+    own = agents.sender.capabilities()
+    for told, error, words in (
+        (replace(own, spoken=Spoken(2, 2)), RemoteProtocolError, "protocol: 1 here, 2 at the peer"),
+        (replace(own, dtype="float32"), IdentityError, "dtype: here bfloat16, at the peer float32"),
+    ):
+        monkeypatch.setattr(agents.sender, "capabilities", lambda told=told: told)
+        with pytest.raises(error, match=words):
+            await agents.ask(QUESTION, "int8")
+    assert not agents.fetches
 
 
 async def test_a_receiver_that_dials_nobody_says_so(random_lm):
