@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import yaml
 from kvlink.cli import app
 from kvlink.eval.questions import prose
 from kvlink.transport.credentials import Credentials
+from kvlink.wire import lifecycle, session
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -28,38 +31,102 @@ def test_the_ten_lines_of_the_readme_run(capsys):
     assert "bits per element" in cost
 
 
+def anchors(text: str) -> set[str]:
+    """What a link may name behind `#`: headings as GitHub names them."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
         if not target.startswith("http"):
-            assert (path.parent / target).exists(), target
+            name, _, anchor = target.partition("#")
+            there = path.parent / name if name else path
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), target
 
 
-def commands(text: str) -> list[list[str]]:
-    """Commands in fenced blocks that begin with `kvlink`, as words."""
-    import shlex
+def test_the_index_names_every_page():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.name == "index.md" or f"]({path.name})" in index, path.name
 
-    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", text, flags=re.DOTALL)
-    lines = [line.removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    found = [
-        shlex.split(line.partition(" | ")[2] if "| kvlink" in line else line, comments=True) for line in lines
-    ]
-    return [words[1:] for words in found if words[:1] == ["kvlink"]]
+
+def test_paths_that_the_architecture_page_names_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:kvlink|tests|proto|scripts|docs|examples|benchmarks)/[\w./-]*)`", text))
+    named |= {f"kvlink/{path}" for path in re.findall(r"`([a-z]+/\w+\.py)`", text) if path.split("/")[0] != "tests"}
+    assert len(named) > 30
+    for path in sorted(named):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_architecture_page_shows_both_tables_of_transitions():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert session.diagram() in text
+    assert lifecycle.diagram() in text
+
+
+_PROMPT = "$ "
+
+
+def shell_lines(text: str) -> list[str]:
+    """Commands of fenced shell blocks; in `console` blocks those behind a prompt, since the rest is output."""
+    found = []
+    for kind, block in re.findall(r"```(sh|bash|console)\n(.*?)```", text, flags=re.DOTALL):
+        lines = block.replace("\\\n", " ").splitlines()
+        if kind == "console":
+            lines = [line.removeprefix(_PROMPT) for line in lines if line.startswith(_PROMPT)]
+        found += [line.partition(" | ")[2] if "| kvlink" in line else line for line in lines]
+    return found
+
+
+def words_of(line: str) -> list[str]:
+    return [word for word in shlex.split(line, comments=True) if word != "&"]
 
 
 def parses(words: list[str]) -> bool:
     """Whether the command line takes these words; nothing is run."""
     group = typer.main.get_command(app)
     command = group.commands[words[0]]  # type: ignore[attr-defined]
-    words = [word for word in words[1:] if word != "&"]
-    command.make_context(words[0] if words else "", words)
+    command.make_context(words[0] if words else "", words[1:])
     return True
+
+
+def is_there(words: list[str]) -> bool:
+    """Whether a command of a console block exists: its target, its files, its service, its extra."""
+    if words[0] == "kvlink":
+        return parses(words[1:])
+    if words[0] == "make":
+        return set(words[1:]) <= set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    if words[0] == "python":
+        return words[1] == "-m" or (ROOT / words[1]).is_file()
+    if words[:2] == ["docker", "compose"]:
+        services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+        return words[2] in ("up", "run") and bool(set(words) & set(services))
+    if words[:2] == ["pip", "install"]:
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        named = re.findall(r"\[(.*?)\]", " ".join(words))
+        return set(named) <= set(extras) and ("-c" not in words or (ROOT / words[words.index("-c") + 1]).is_file())
+    return False
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_commands_in_the_documents_exist(path):
-    for words in commands(path.read_text(encoding="utf-8")):
-        assert parses(words), words
+    for line in shell_lines(path.read_text(encoding="utf-8")):
+        words = words_of(line)
+        if words[:1] == ["kvlink"]:
+            assert parses(words[1:]), words
+
+
+def test_every_command_of_the_readme_exists_and_the_first_one_comes_early():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = shell_lines(text)
+    assert len(lines) >= 10
+    for line in lines:
+        assert is_there(words_of(line)), line
+    assert text.splitlines().index(_PROMPT + lines[0]) < 25
 
 
 def test_compose_runs_commands_that_exist():

@@ -25,7 +25,7 @@ _BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```\n(.*?)```\n)?", re.DOTALL)
 
 def shown(text: str) -> str:
     """Output without sizes: what a compressor of another version makes may be a few bytes off."""
-    return re.sub(r"[\d,]+ bytes", "… bytes", text)
+    return re.sub(r"[\d.]+ bits", "… bits", re.sub(r"[\d,]+ bytes", "… bytes", text))
 
 
 def test_the_page_on_transformers_shows_what_its_blocks_print(capsys):
@@ -70,11 +70,24 @@ def agents(tiny) -> Iterator[tuple[str, str]]:
     loop.close()
 
 
-def test_two_agents_over_the_network(agents, capsys):
+ADDRESSES = ("127.0.0.1:50051", "127.0.0.1:50052")
+
+
+def at(source: str, agents: tuple[str, str]) -> str:
+    """The source with the addresses of these agents."""
+    for default, address in zip(ADDRESSES, agents, strict=True):
+        source = source.replace(default, address)
+    return source
+
+
+def test_the_readme_shows_what_its_blocks_print(agents, capsys):
+    blocks = _BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(blocks) == 3 and all(printed for _, printed in blocks)
+    for code, printed in blocks:
+        exec(compile(at(code, agents), "README.md", "exec"), {})
+        assert shown(capsys.readouterr().out) == shown(printed)
+
+
+def test_the_readme_shows_the_example_of_two_agents():
     source = (EXAMPLES / "two_agents.py").read_text()
     assert source.partition("import asyncio\n")[2] in (ROOT / "README.md").read_text()
-    for default, address in zip(("127.0.0.1:50051", "127.0.0.1:50052"), agents, strict=True):
-        assert source.count(default) == 1
-        source = source.replace(default, address)
-    exec(compile(source, "two_agents.py", "exec"), {})
-    assert capsys.readouterr().out.endswith(" bytes\n cello")
