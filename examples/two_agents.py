@@ -12,8 +12,8 @@ question = "What instrument does Jand Faris play?"
 async def ask() -> None:
     async with kvlink.SenderClient(SENDER) as sender, kvlink.ReceiverClient(RECEIVER) as receiver:
         async for progress in sender.deliver(kvlink.Delivery(RECEIVER, question, text=text)):
-            pass  # progress.sent_bytes of at most progress.total_bytes
-        print(f"{progress.receipt.wire_bytes:,} bytes of {progress.receipt.recipe.split()[1]}")
+            receipt = progress.receipt  # complete with the last one
+        print(f"{receipt.wire_bytes:,} bytes as {receipt.recipe.split()[1]}")
         pieces = [piece.text async for piece in receiver.generate(kvlink.Ask(progress.cache_id, question))]
         print("".join(pieces).strip())
 

@@ -15,7 +15,8 @@ from kvlink.agent.receiver import Receiver
 from kvlink.agent.receiver_service import ReceiverService
 from kvlink.agent.sender import Sender
 from kvlink.agent.sender_service import SenderService
-from kvlink.transport.dial import to_receivers
+from kvlink.transport.dial import to_receivers, to_senders
+from kvlink.transport.link import added_by_grpc
 from kvlink.transport.server import Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,8 +57,11 @@ def agents(tiny) -> Iterator[tuple[str, str]]:
 
     async def started() -> tuple[list[Server], list[int]]:
         made = [
-            Server("127.0.0.1:0", sender=SenderService(Sender(tiny), dial=to_receivers())),
-            Server("127.0.0.1:0", receiver=ReceiverService(Receiver(tiny))),
+            Server(
+                "127.0.0.1:0",
+                sender=SenderService(Sender(tiny, added_bytes=added_by_grpc), dial=to_receivers()),
+            ),
+            Server("127.0.0.1:0", receiver=ReceiverService(Receiver(tiny), dial=to_senders())),
         ]
         return made, [await server.start() for server in made]
 
