@@ -67,6 +67,13 @@ def test_the_architecture_page_shows_both_tables_of_transitions():
     assert lifecycle.diagram() in text
 
 
+def test_the_glossary_is_in_the_order_of_the_alphabet():
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    terms = [term.lower() for term in re.findall(r"^\*\*(.+?)\*\*", text, re.MULTILINE)]
+    assert len(terms) > 50
+    assert terms == sorted(terms)
+
+
 _PROMPT = "$ "
 
 
