@@ -94,7 +94,7 @@ def test_scales_that_overflow_the_caches_dtype_are_refused(random_lm):
 def test_a_model_that_reads_nonsense_is_found_at_the_sender(sender, monkeypatch):
     from kvlink.agent import sender as module
 
-    def broken(lm, ids):
+    def broken(lm, ids, **options):
         cache = real(lm, ids)
         with torch.inference_mode():
             cache.layers[1].values[0, 0, 0] = math.inf
