@@ -1,7 +1,7 @@
 # make demo   two agents on loopback, 25 questions, one table
 # make test   lint, types, generated code and all tests
 # make eval   every table: accuracy against bytes
-# make faults lines that break, peers that lie or die, load: a quarter of an hour, one JSON object at the end
+# make faults links that break, peers that lie or stop, load: a quarter of an hour, one JSON object at the end
 # make fuzz   every parser under a coverage-guided fuzzer, SECONDS=120 in all; then MESSAGES=100000 random ones for
 #             each service of running agents, SEED=0
 # make sweep every model family that can be built small, through every kind of recipe, into docs/models.md
