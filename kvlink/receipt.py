@@ -86,6 +86,11 @@ class Receipt:
     certificate: Certificate | None = None
 
     @property
+    def is_text(self) -> bool:
+        """Whether the text travelled, and no cache."""
+        return self.recipe == "text"
+
+    @property
     def wire_bytes(self) -> int:
         """Everything that the transfer put on its connection, computed."""
         return sum(self.bytes.values())

@@ -44,9 +44,10 @@ def say_receipt(receipt: Receipt) -> None:
         ("stage", "left"), ("ms", "right"), ("bytes", "left"), ("count", "right")
     ]  # fmt: skip
     say_table("receipt", columns, ((*a, *b) for a, b in zip_longest(stages, kinds, fillvalue=("", ""))))
-    kept = f"{receipt.kept_tokens} of {receipt.context_tokens} tokens" if receipt.kept_tokens else "text"
+    kept = "text" if receipt.is_text else f"{receipt.kept_tokens} of {receipt.context_tokens} tokens"
     if 0 < receipt.kept_share < 1:
-        kept += f" in {receipt.segments} segments, {receipt.kept_share:.0%} of the positions"
+        many = f"{receipt.segments} segment{'' if receipt.segments == 1 else 's'}"
+        kept += f" in {many}, {receipt.kept_share:.0%} of the positions there"
     say(f"{kept}, {receipt.bits_per_element:.2f} bits per element, recipe {shown(receipt.recipe)}")
     say_certificate(receipt)
 

@@ -193,7 +193,7 @@ async def _ask(
     warn(receipt.recipe)
     if as_json:
         told = {
-            "mode": "kv" if receipt.kept_tokens else "text",
+            "mode": "text" if receipt.is_text else "kv",
             "recipe": delivery.recipe or receipt.recipe,
             "answer": text.strip(),
             "sender_answer": done.sender_answer,
@@ -206,7 +206,7 @@ async def _ask(
     say(f"the sender itself: {done.sender_answer}")
     say("")
     say_receipt(receipt)
-    if receipt.kept_tokens and delivery.text:
+    if not receipt.is_text and delivery.text:
         _say_break_even(receipt, len(delivery.text.encode()), reader.prefill_tokens_per_s)
 
 

@@ -93,8 +93,8 @@ Deadline = Annotated[
 AllowText = Annotated[
     bool, flag("allow-text", "With --deadline: where nothing can be used by then, the text comes instead.")
 ]
-SenderAt = Annotated[str, option("sender", AddressText(), "AddressText of the sender.")]
-ReceiverAt = Annotated[str, option("receiver", AddressText(), "AddressText of the receiver.")]
+SenderAt = Annotated[str, option("sender", AddressText(), "Address of the sender.")]
+ReceiverAt = Annotated[str, option("receiver", AddressText(), "Address of the receiver.")]
 Listen = Annotated[
     str, option("listen", AddressText(listening=True), "host:port to listen on; port 0 picks one.")
 ]

@@ -98,7 +98,7 @@ def _waterfall(receipt: Receipt) -> list[dict[str, Any]]:
 def _verdict(story: Story) -> str:
     """Whether the text would have been the better choice, and on which links."""
     receipt = story.receipt
-    if not receipt.kept_tokens:
+    if receipt.is_text:
         return "The text itself was sent: the receiver read it."
     read_s = receipt.stage_s.get("prefill", 0.0)
     if story.reads_tokens_per_s:

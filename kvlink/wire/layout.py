@@ -68,9 +68,10 @@ def part_sizes(
 
 
 def kept_tokens(headers: Sequence[SegmentHeader], recipe: Recipe) -> int:
-    """Positions of each set that a selection brings: those of all segments but a background. 0 for a text."""
+    """Positions of each set that a selection brings, or makes finer: those of all segments but a background. 0 for
+    a text, and where nothing was missing."""
     background = recipe.background if recipe.background != recipe.codec else None
-    return sum(one.kept for one in headers if one.adds == "positions" and one.codec != background)
+    return sum(one.kept for one in headers if one.adds != "text" and one.codec != background)
 
 
 def kept_share(headers: Sequence[SegmentHeader], shape: CacheShape, base: Base | None = None) -> float:

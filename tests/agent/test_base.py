@@ -101,6 +101,8 @@ def test_with_a_background_the_positions_of_the_second_question_become_finer(sen
     second, added = take(receiver, sender, context, OTHER, recipe, first)
     _, segments = read_transfer(added.frames)
     assert [segment.header.adds for segment in segments] == ["refinement"]
+    assert added.receipt.kept_tokens == second.receipt.kept_tokens == segments[0].header.kept > 0
+    assert not added.receipt.is_text
     assert sets_of(second.cache) == sets_of(first.cache) == sets_of(context.cache)
 
     def error(cache: KVCache) -> float:
@@ -113,7 +115,8 @@ def test_with_a_background_the_positions_of_the_second_question_become_finer(sen
 def test_the_same_question_again_moves_nothing_and_is_the_same_cache(sender, receiver, context):
     first, _ = take(receiver, sender, context, QUESTION, "q2c@0.3 int8")
     again, added = take(receiver, sender, context, QUESTION, "q2c@0.3 int8", first)
-    assert added.receipt.segments == 0
+    assert added.receipt.segments == added.receipt.kept_tokens == 0
+    assert not added.receipt.is_text
     assert added.receipt.cache_digest == first.receipt.cache_digest
     for one, other in zip(first.cache.layers, again.cache.layers, strict=True):
         assert torch.equal(one.keys, other.keys)
