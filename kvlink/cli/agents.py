@@ -220,7 +220,7 @@ def health(
                 status = await peer.health()
                 try:
                     there = await peer.capabilities()
-                except errors.RemoteProtocolError:
+                except (errors.RemoteProtocolError, errors.ConfigError):  # it is another kind of agent
                     continue
                 return {
                     "address": address,
