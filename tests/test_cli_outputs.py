@@ -110,8 +110,8 @@ def test_a_packed_file_can_go_through_a_pipe(context, tmp_path, checkpoint):
 )
 def test_a_closed_standard_stream_is_one_that_nobody_reads(tmp_path, closed, words, code):
     done = subprocess.run(
-        [sys.executable, "-m", "kvlink", *words],
-        cwd=tmp_path, capture_output=True, check=False, preexec_fn=lambda: os.close(closed),
+        ["sh", "-c", f'exec "$0" "$@" {closed}>&-', sys.executable, "-m", "kvlink", *words],
+        cwd=tmp_path, capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert b"Traceback" not in done.stderr
