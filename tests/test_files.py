@@ -50,8 +50,10 @@ def test_what_ends_the_work_in_the_middle_leaves_everything_as_it_was(tmp_path, 
 
 
 CUT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started the tests may have ignored them
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from kvlink.files import Output
 with Output(Path(sys.argv[1])).open() as sink:
     sink.write(b"n" * 20_000)
