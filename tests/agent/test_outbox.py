@@ -210,9 +210,11 @@ async def test_packing_goes_on_when_whoever_asked_is_gone_and_another_call_gets_
 async def test_what_is_given_up_stops_at_its_next_frame_and_its_readers_hear_of_it(slow_sender):
     outbox, slowly = Outbox(60.0, 10**9), Slowly(slow_sender)
     held = await outbox.get(key("slow"), ANNA, "r", slowly.pack)
-    waiting = asyncio.create_task(held.frame(2))
+    waiting = asyncio.create_task(held.frame(3))
     await asyncio.sleep(0)
     outbox.forget(key("slow"))
+    for _ in range(5):  # the packing hears of it before its thread goes on
+        await asyncio.sleep(0)
     slowly.go_on.release()
     with pytest.raises(NotFoundError, match="given up while it was packed"):
         await waiting
