@@ -68,7 +68,7 @@ class Outbound:
     @property
     def count(self) -> int | None:
         """Frames, once all are packed."""
-        return len(self.transfer.frames) if self.transfer.is_packed else None
+        return self.transfer.count
 
     async def frame(self, number: int) -> bytes | None:
         """Frame `number` as soon as it is made, None behind the last one. Raises what ended the packing."""

@@ -116,6 +116,11 @@ class Transfer:
         """Whether every frame was made."""
         return self._source is None
 
+    @property
+    def count(self) -> int | None:
+        """Frames, once all were made and kept; never waits."""
+        return len(self._made) if self.is_packed and self._kept else None
+
     def stream(self) -> Iterator[bytes]:
         """The frames, for one reader; those that are still to be made are not kept.
 

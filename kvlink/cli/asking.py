@@ -163,7 +163,7 @@ async def _ask(
     from kvlink.transport.api import Ask
     from kvlink.transport.client import ReceiverClient, SenderClient
 
-    done, last, text = None, None, ""
+    done = None
     async with SenderClient(sender_at, **link) as source, ReceiverClient(delivery.receiver, **link) as target:
         require_room(await target.capabilities(), Needed(new_tokens=max_new_tokens))
         with progress(BarColumn(), DownloadColumn(), TimeRemainingColumn()) as bar:
@@ -173,15 +173,9 @@ async def _ask(
                 done = step
         if done is None or not done.done:
             raise errors.PeerUnavailableError(f"{sender_at}: the delivery ended without a result")
-        async for piece in target.generate(Ask(done.cache_id, delivery.question, max_new_tokens)):
-            if not as_json:
-                say_text(piece.text if text else piece.text.lstrip(), end="")
-            text += piece.text
-            last = piece
+        text, last = await _answer(target, Ask(done.cache_id, delivery.question, max_new_tokens), as_json)
         reader = await target.capabilities()
         await target.delete_cache(done.cache_id)
-    if last is None:
-        raise errors.PeerUnavailableError(f"{delivery.receiver}: the answer ended before it began")
     receipt = done.receipt.with_stages(**last.receipt.stage_s)
     if report is not None:
         story = {
@@ -210,6 +204,19 @@ async def _ask(
         _say_break_even(receipt, len(delivery.text.encode()), reader.prefill_tokens_per_s)
 
 
+async def _answer(target: Any, ask: Any, as_json: bool) -> tuple[str, Any]:
+    """Ask a receiver and print the answer as it comes; its text, and the last piece."""
+    text, last = "", None
+    async for piece in target.generate(ask):
+        if not as_json:
+            say_text(piece.text if text else piece.text.lstrip(), end="")
+        text += piece.text
+        last = piece
+    if last is None:
+        raise errors.PeerUnavailableError(f"{target.address}: the answer ended before it began")
+    return text, last
+
+
 async def _pull(delivery: Any, handle: str, link: dict[str, Any], max_new_tokens: int, as_json: bool) -> None:
     """Let the receiver redeem the handle and answer."""
     from kvlink.show import receipt_dict, say_receipt
@@ -219,15 +226,8 @@ async def _pull(delivery: Any, handle: str, link: dict[str, Any], max_new_tokens
     asked = Ask(
         "", delivery.question, max_new_tokens, handle=handle, recipe=delivery.recipe, target=delivery.target
     )
-    text, last = "", None
     async with ReceiverClient(delivery.receiver, **link) as target:
-        async for piece in target.generate(asked):
-            if not as_json:
-                say_text(piece.text if text else piece.text.lstrip(), end="")
-            text += piece.text
-            last = piece
-    if last is None:
-        raise errors.PeerUnavailableError(f"{delivery.receiver}: the answer ended before it began")
+        text, last = await _answer(target, asked, as_json)
     warn(last.receipt.recipe)
     if as_json:
         say_json({"answer": text.strip(), "cache_id": last.cache_id, **receipt_dict(last.receipt)})
